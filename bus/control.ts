@@ -1,0 +1,223 @@
+/**
+ * What travels rarely, as JSON: announcements of workers and requests to them.
+ *
+ * Subjects, `C` the cluster's name and `W` a worker's id:
+ *
+ * | subject | direction | content |
+ * |---|---|---|
+ * | `lutra.C.discover` | to all workers | empty: announce yourselves |
+ * | `lutra.C.hello` | from a worker | {@linkcode Hello} |
+ * | `lutra.C.worker.W.ctl` | to a worker | {@linkcode ControlRequest}, answered by {@linkcode ControlReply} |
+ * | `lutra.C.worker.W.stage.S` | to stage `S`, which that worker holds | WORK |
+ * | `lutra.C.orchestrator.O.results` | to orchestrator `O` | RESULT |
+ *
+ * @module
+ */
+import { z } from "zod";
+import { WireError } from "./errors.ts";
+
+const u32 = z.number().int().min(0).max(0xffff_ffff);
+const count = z.number().int().positive().max(0xffff_ffff);
+const size = z.number().int().nonnegative();
+/** One token of a subject. */
+const name = z.string().regex(/^[A-Za-z0-9_-]{1,64}$/, "use up to 64 letters, digits, _ and -");
+const subject = z.string().max(256);
+
+/** The subjects of a cluster. Throws {@linkcode WireError} when `cluster` is no name. */
+export function clusterSubjects(cluster: string): {
+  discover: string;
+  hello: string;
+  control(worker: string): string;
+  stage(worker: string, stage: number): string;
+  results(orchestrator: string): string;
+} {
+  const root = `lutra.${checkName(cluster)}`;
+  return {
+    discover: `${root}.discover`,
+    hello: `${root}.hello`,
+    control: (worker) => `${root}.worker.${checkName(worker)}.ctl`,
+    stage: (worker, stage) => `${root}.worker.${checkName(worker)}.stage.${stage}`,
+    results: (orchestrator) => `${root}.orchestrator.${checkName(orchestrator)}.results`,
+  };
+}
+
+function checkName(value: string): string {
+  if (!name.safeParse(value).success) {
+    throw new WireError(`${JSON.stringify(value)} is no name: use up to 64 letters, digits, _ and -`);
+  }
+  return value;
+}
+
+/** A worker tells that it is there, or leaves. Sent at start, on discovery, and when what it says changes. */
+export const helloSchema = z.strictObject({
+  type: z.literal("hello"),
+  id: name,
+  state: z.enum(["ready", "leaving"]),
+  /** The newest epoch it has seen; 0 before the first. */
+  epoch: u32,
+  versions: z.strictObject({ abi: u32, wire: u32 }),
+  capabilities: z.strictObject({
+    isa: z.string().max(64),
+    cores: count,
+    /** Bytes that the worker offers for weights and KV cache. */
+    memoryBytes: size,
+    /** Measured memory read bandwidth in GB/s; `null` when not measured. */
+    bandwidthGBps: z.number().positive().nullable(),
+  }),
+});
+/** A worker tells that it is there, or leaves. */
+export type Hello = z.infer<typeof helloSchema>;
+
+const tensorSchema = z.strictObject({
+  name: z.string().max(256),
+  /** GGML type id. */
+  type: u32,
+  /** Columns first, then rows for a matrix. */
+  shape: z.array(count).min(1).max(4),
+  /** From the file's begin. */
+  offset: size,
+  bytes: size,
+});
+const hyperSchema = z.strictObject({
+  layers: count,
+  embedding: count,
+  heads: count,
+  kvHeads: count,
+  headDim: count,
+  feedForward: count,
+  vocab: count,
+  context: count,
+  rmsEps: z.number().positive(),
+  rope: z.strictObject({ base: z.number().positive(), dims: count, style: z.enum(["norm", "neox"]) }),
+});
+const layerSchema = z.strictObject({
+  attnNorm: tensorSchema,
+  q: tensorSchema,
+  k: tensorSchema,
+  v: tensorSchema,
+  o: tensorSchema,
+  ffnNorm: tensorSchema,
+  gate: tensorSchema,
+  up: tensorSchema,
+  down: tensorSchema,
+});
+
+/** A contiguous range of a model's layers, as the kernel library opens it, less what the device chooses (threads, ISA). */
+export const shardSchema = z.strictObject({
+  /** The model file, as the worker's device names it. */
+  path: z.string().min(1).max(4096),
+  /** KV cache: `tokens` over all sequences, rounded up to blocks. */
+  kv: z.strictObject({ type: z.enum(["f16", "f32"]), tokens: count }),
+  /** Most tokens of a micro-batch. */
+  maxBatch: count,
+  hyper: hyperSchema,
+  /** First layer, and the one after the last. */
+  first: u32,
+  end: count,
+  /** Present in the first stage: its input is token ids. */
+  embedding: tensorSchema.nullable(),
+  /** Present in the last stage: its output is results. */
+  head: z.strictObject({ norm: tensorSchema, output: tensorSchema }).nullable(),
+  layers: z.array(layerSchema).min(1).max(4096),
+});
+/** A contiguous range of a model's layers. */
+export type Shard = z.infer<typeof shardSchema>;
+
+/** A stage that a worker is to hold. */
+export const stageSchema = z.strictObject({
+  /** Its number in the pipeline, from 0. */
+  stage: u32,
+  shard: shardSchema,
+  /** Where its output goes: to the next stage as WORK or, from the last one, as RESULT. */
+  next: subject,
+});
+/** A stage that a worker is to hold. */
+export type Stage = z.infer<typeof stageSchema>;
+
+/** What a worker can be asked for. */
+export const controlRequestSchema = z.discriminatedUnion("type", [
+  /**
+   * Hold exactly these stages from now on: others are closed, a shard that is open already is kept (its sequences are
+   * freed), and messages of other epochs count for nothing. An epoch older than the newest seen is refused.
+   */
+  z.strictObject({ type: z.literal("load"), epoch: count, stages: z.array(stageSchema).max(256), results: subject }),
+  /** Close all stages of this epoch. */
+  z.strictObject({ type: z.literal("unload"), epoch: count }),
+  /** Cancel and free sequences in all stages; overtakes queued work. Their numbers never come back within the epoch. */
+  z.strictObject({ type: z.literal("release"), epoch: count, seqs: z.array(u32).max(65536) }),
+  /** Tell what is held and how it goes. */
+  z.strictObject({ type: z.literal("status") }),
+]);
+/** What a worker can be asked for. */
+export type ControlRequest = z.infer<typeof controlRequestSchema>;
+
+const shardStatsSchema = z.object({
+  kvBlocksTotal: size,
+  kvBlocksFree: size,
+  blockTokens: count,
+  /** Packed weights, in bytes. */
+  weightBytes: size,
+  /** Sequences with tokens in the KV cache. */
+  sequences: size,
+  /** Bytes read to decode one token. */
+  weightBytesPerToken: size,
+});
+/** What a shard tells of itself. */
+export type ShardStats = z.infer<typeof shardStatsSchema>;
+
+/** The stages' state in a {@linkcode ControlReply}. */
+export const stageStatusSchema = z.strictObject({
+  stage: u32,
+  first: u32,
+  end: count,
+  stats: shardStatsSchema,
+  /** Micro-batches waiting. */
+  queued: size,
+  /** Micro-batches and tokens computed. */
+  steps: size,
+  tokens: size,
+  /** Milliseconds spent in the kernel library. */
+  busyMs: z.number().nonnegative(),
+});
+/** The state of a stage. */
+export type StageStatus = z.infer<typeof stageStatusSchema>;
+
+/** A worker's answer. */
+export const controlReplySchema = z.discriminatedUnion("ok", [
+  z.strictObject({
+    ok: z.literal(true),
+    epoch: u32,
+    stages: z.array(stageStatusSchema),
+    /** Messages dropped, by reason. */
+    dropped: z.record(z.string(), size),
+  }),
+  /** `code` is the kernel library's, or 0. */
+  z.strictObject({ ok: z.literal(false), code: z.number().int(), error: z.string() }),
+]);
+/** A worker's answer. */
+export type ControlReply = z.infer<typeof controlReplySchema>;
+
+/** JSON as bytes. */
+export function encodeJson(value: Hello | ControlRequest | ControlReply): Uint8Array<ArrayBuffer> {
+  return new TextEncoder().encode(JSON.stringify(value));
+}
+
+/**
+ * Reads JSON of a known form.
+ *
+ * @throws {WireError} and nothing else, whatever the bytes; it names the field.
+ */
+export function decodeJson<T>(schema: z.ZodType<T>, data: Uint8Array): T {
+  let value: unknown;
+  try {
+    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(data));
+  } catch (cause) {
+    throw new WireError("message is not JSON", { cause });
+  }
+  const parsed = schema.safeParse(value);
+  if (parsed.success) return parsed.data;
+  const issues = parsed.error.issues.slice(0, 3).map((issue) =>
+    `${issue.path.join(".") || "message"}: ${issue.message}`
+  );
+  throw new WireError(issues.join("; "), { cause: parsed.error });
+}
