@@ -48,7 +48,7 @@ function checkName(value: string): string {
   return value;
 }
 
-/** A worker tells that it is there, or leaves. Sent at start, on discovery, and when what it says changes. */
+/** A worker tells that it is there, or leaves. Sent at start, on discovery, and when it leaves. */
 export const helloSchema = z.strictObject({
   type: z.literal("hello"),
   id: name,

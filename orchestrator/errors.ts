@@ -1,0 +1,55 @@
+/** Base of every error of the orchestrator. */
+export class OrchestratorError extends Error {
+  override name = "OrchestratorError";
+}
+
+/** A request is malformed: an option out of range, no prompt, a token that the model lacks. */
+export class RequestError extends OrchestratorError {
+  override name = "RequestError";
+}
+
+/** A prompt leaves no room for an answer. */
+export class ContextLengthError extends RequestError {
+  override name = "ContextLengthError";
+  /** Tokens of the prompt. */
+  readonly promptTokens: number;
+  /** Tokens that prompt and answer may have together. */
+  readonly contextLength: number;
+
+  constructor(promptTokens: number, contextLength: number) {
+    super(`the prompt has ${promptTokens} tokens; the context holds ${contextLength}, of which the answer needs one`);
+    this.promptTokens = promptTokens;
+    this.contextLength = contextLength;
+  }
+}
+
+/** As many requests wait as may; try again later. */
+export class QueueFullError extends OrchestratorError {
+  override name = "QueueFullError";
+  /** How many requests may wait. */
+  readonly limit: number;
+
+  constructor(limit: number) {
+    super(`${limit} requests are waiting already`);
+    this.limit = limit;
+  }
+}
+
+/** Workers are missing, were lost, or failed. */
+export class ClusterError extends OrchestratorError {
+  override name = "ClusterError";
+}
+
+/** The model does not fit the workers. */
+export class PlacementError extends ClusterError {
+  override name = "PlacementError";
+}
+
+/** The engine was closed. */
+export class EngineClosedError extends ClusterError {
+  override name = "EngineClosedError";
+
+  constructor(options?: ErrorOptions) {
+    super("the engine is closed", options);
+  }
+}

@@ -1,0 +1,58 @@
+import type { Shard, ShardStats } from "../bus/mod.ts";
+
+/** A device as the kernel library sees it. */
+export interface DeviceInfo {
+  /** Instruction set in use. */
+  readonly isa: string;
+  /** All usable ones. */
+  readonly available: readonly string[];
+  /** Cores that this process may use. */
+  readonly cores: number;
+}
+
+/** What a device chooses for its shards. */
+export interface ShardChoices {
+  /** Threads of the shard's pool, the calling one included. */
+  readonly threads: number;
+  /** Instruction set; `null` takes the best. */
+  readonly isa: string | null;
+}
+
+/**
+ * The kernel library as a worker uses it. {@linkcode loadKernels} gives the real one; tests give a fake.
+ */
+export interface KernelLibrary {
+  /** Version of the C ABI. */
+  readonly abiVersion: number;
+  /** @throws {KernelError} */
+  deviceInfo(): DeviceInfo;
+  /** Memory read bandwidth in GB/s, over a buffer of `mebibytes`. */
+  measureBandwidth(threads: number, mebibytes: number): Promise<number>;
+  /**
+   * Maps and packs a shard's weights.
+   *
+   * @throws {KernelError} naming the tensor, when the file is not what the description says.
+   */
+  openShard(shard: Shard, choices: ShardChoices): Promise<ShardHandle>;
+}
+
+/** An open shard. One `forward` at a time; the other calls wait for it, blocking, so make them between two. */
+export interface ShardHandle {
+  /**
+   * Computes a micro-batch.
+   *
+   * @param batch The bytes of `encodeBatch`.
+   * @param input Hidden states, f32, a row per token; empty for a shard with embedding.
+   * @param stop Set to 1 with `Atomics.store` to give up before the next layer.
+   * @param output Receives hidden states, or results from a shard with head.
+   * @returns Bytes written to `output`.
+   * @throws {KernelError} after which no sequence has changed.
+   */
+  forward(batch: Uint8Array, input: Uint8Array, stop: Int32Array, output: Uint8Array): Promise<number>;
+  /** Forgets a sequence from position `length` on; 0 frees it. A sequence it does not know is fine. */
+  truncate(seq: number, length: number): void;
+  /** What it holds. */
+  stats(): ShardStats;
+  /** Frees it. */
+  close(): void;
+}

@@ -1,0 +1,145 @@
+import { encodeBatch, entryTable, filterBatch, HEADER_BYTES, maxResultBytes, writeHeader } from "../bus/mod.ts";
+import type { DecodedBatch, Stage as StageSpec, StageStatus, Subscription } from "../bus/mod.ts";
+import { KernelError, KernelErrorCode, WorkerError } from "./errors.ts";
+import type { ShardHandle } from "./kernels.ts";
+import { RecentSet, SeenSteps } from "./seen_steps.ts";
+
+/** A micro-batch in a stage's queue. */
+export interface QueuedStep {
+  readonly step: number;
+  readonly batch: DecodedBatch;
+  /** Hidden states, aligned to 4 bytes. */
+  readonly payload: Uint8Array;
+}
+
+const EMPTY = encodeBatch([]);
+
+/**
+ * A stage of the pipeline within one epoch: an open shard and what is known of its sequences and steps. {@linkcode Worker}
+ * queues, and computes one micro-batch at a time.
+ */
+export class Stage {
+  readonly spec: StageSpec;
+  readonly epoch: number;
+  readonly handle: ShardHandle;
+  readonly seen = new SeenSteps();
+  subscription: Subscription | undefined;
+  /** Micro-batches waiting. */
+  queued = 0;
+  steps = 0;
+  tokens = 0;
+  busyMs = 0;
+  readonly #released = new RecentSet();
+  /** Sequences that may have tokens in the KV cache. */
+  readonly #sequences = new Set<number>();
+  /** Sequences of the micro-batch in the kernel library. */
+  #running: readonly number[] | undefined;
+  readonly #stop = new Int32Array(new ArrayBuffer(4));
+  #message = new Uint8Array(new ArrayBuffer(1 << 12));
+
+  constructor(spec: StageSpec, epoch: number, handle: ShardHandle) {
+    this.spec = spec;
+    this.epoch = epoch;
+    this.handle = handle;
+  }
+
+  /**
+   * Cancels and frees sequences: entries for them in queued and later micro-batches are dropped, and a running micro-batch
+   * that has no other sequences is stopped.
+   */
+  release(seqs: readonly number[]): void {
+    for (const seq of seqs) this.#released.add(seq);
+    if (this.#running === undefined) this.#free(seqs);
+    else if (this.#running.every((seq) => this.#released.has(seq))) this.interrupt();
+  }
+
+  /** Gives up the running micro-batch. */
+  interrupt(): void {
+    if (this.#running !== undefined) Atomics.store(this.#stop, 0, 1);
+  }
+
+  /** Frees all sequences. Not while a micro-batch runs. */
+  freeAll(): void {
+    this.#free([...this.#sequences]);
+  }
+
+  /**
+   * Computes a micro-batch and returns the message for what comes next: WORK for the next stage, or a RESULT from the last.
+   * It lies in a buffer that the next call reuses.
+   *
+   * @throws {KernelError | WorkerError}
+   */
+  async compute(item: QueuedStep, maxPayload: number): Promise<Uint8Array> {
+    const { shard } = this.spec;
+    const { batch, payload } = filterBatch(item.batch, item.payload, (seq) => this.#released.has(seq));
+    let passed = this.#passed(batch);
+    let written = 0;
+    if (batch.entries.length > 0) {
+      const row = 4 * shard.hyper.embedding;
+      const expected = shard.embedding === null ? row * batch.tokens.length : 0;
+      if (payload.byteLength !== expected) {
+        throw new WorkerError(
+          `step ${item.step} brings ${payload.byteLength} bytes of hidden states for ${batch.tokens.length} tokens, not ${expected}`,
+        );
+      }
+      const capacity = shard.head === null ? row * batch.tokens.length : maxResultBytes(batch, shard.hyper.vocab);
+      const size = HEADER_BYTES + passed.byteLength + capacity;
+      if (size > maxPayload) {
+        throw new WorkerError(`step ${item.step} gives ${size} bytes; the bus takes ${maxPayload}`);
+      }
+      this.#reserve(size);
+      const output = this.#message.subarray(HEADER_BYTES + passed.byteLength, size);
+      const seqs = batch.entries.map((entry) => entry.seq);
+      for (const seq of seqs) this.#sequences.add(seq);
+      Atomics.store(this.#stop, 0, 0);
+      this.#running = seqs;
+      const begin = performance.now();
+      try {
+        written = await this.handle.forward(batch.bytes, payload, this.#stop, output);
+      } catch (error) {
+        const stopped = error instanceof KernelError && error.code === KernelErrorCode.stopped;
+        if (!stopped || !seqs.every((seq) => this.#released.has(seq))) throw error;
+        passed = EMPTY;
+      } finally {
+        this.#running = undefined;
+        this.busyMs += performance.now() - begin;
+        this.#free(seqs.filter((seq) => this.#released.has(seq)));
+      }
+      if (written > capacity) throw new WorkerError(`the kernel library wrote ${written} bytes of ${capacity}`);
+      this.tokens += batch.tokens.length;
+    }
+    this.steps++;
+    writeHeader(this.#message, {
+      kind: shard.head === null ? "work" : "result",
+      epoch: this.epoch,
+      step: item.step,
+      batchBytes: passed.byteLength,
+      payloadBytes: written,
+    });
+    this.#message.set(passed, HEADER_BYTES);
+    return this.#message.subarray(0, HEADER_BYTES + passed.byteLength + written);
+  }
+
+  /** The state for the orchestrator. Not while a micro-batch runs. */
+  status(): StageStatus {
+    const { stage, shard: { first, end } } = this.spec;
+    const { queued, steps, tokens, busyMs } = this;
+    return { stage, first, end, stats: this.handle.stats(), queued, steps, tokens, busyMs };
+  }
+
+  /** What of the batch the next one needs: all, or for the orchestrator the table alone. */
+  #passed(batch: DecodedBatch): Uint8Array {
+    return this.spec.shard.head === null ? batch.bytes : entryTable(batch);
+  }
+
+  #reserve(size: number): void {
+    if (this.#message.byteLength >= size) return;
+    this.#message = new Uint8Array(new ArrayBuffer(2 ** Math.ceil(Math.log2(size))));
+  }
+
+  #free(seqs: readonly number[]): void {
+    for (const seq of seqs) {
+      if (this.#sequences.delete(seq)) this.handle.truncate(seq, 0);
+    }
+  }
+}

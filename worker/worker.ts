@@ -1,0 +1,336 @@
+import {
+  BusError,
+  clusterSubjects,
+  controlRequestSchema,
+  decodeBatch,
+  decodeJson,
+  decodeMessage,
+  encodeFailure,
+  encodeJson,
+  encodeMessage,
+  entryTable,
+  WIRE_VERSION,
+  WireError,
+} from "../bus/mod.ts";
+import type { Bus, BusMessage, ControlReply, ControlRequest, Hello, Shard, Subscription } from "../bus/mod.ts";
+import { KernelError, WorkerError } from "./errors.ts";
+import type { KernelLibrary, ShardHandle } from "./kernels.ts";
+import { Stage } from "./stage.ts";
+import type { QueuedStep } from "./stage.ts";
+
+/** Options of {@linkcode Worker.start}. */
+export interface WorkerOptions {
+  bus: Bus;
+  kernels: KernelLibrary;
+  /** Letters, digits, `_` and `-`; unique in the cluster and the same after a restart. */
+  id: string;
+  /** @default {"local"} */
+  cluster?: string;
+  /** Threads of a shard. Default: all cores. */
+  threads?: number;
+  /** Instruction set. Default: the best. */
+  isa?: string;
+  /** Bytes offered for weights and KV cache. Default: the memory available now. */
+  memoryBytes?: number;
+  /**
+   * Measured memory read bandwidth in GB/s; `"measure"` measures it before the announcement, which takes about a second.
+   * Default: not known, and workers count as equally fast.
+   */
+  bandwidthGBps?: number | "measure";
+  /** Told of dropped messages: of each kind the first, second, fourth, eighth… Default: `console.warn`. */
+  log?: (message: string) => void;
+}
+
+/** Reasons to drop a message. */
+type DropReason = "malformed" | "epoch" | "duplicate" | "overflow";
+
+const MAX_QUEUED = 1024;
+const BANDWIDTH_MEBIBYTES = 256;
+
+/**
+ * One device: announces itself, holds the stages it is told to, and computes their micro-batches one at a time, in the
+ * order in which they arrive. No message from the bus can end it.
+ */
+export class Worker {
+  readonly id: string;
+  readonly #options: WorkerOptions;
+  readonly #bus: Bus;
+  readonly #kernels: KernelLibrary;
+  readonly #subjects: ReturnType<typeof clusterSubjects>;
+  readonly #capabilities: Hello["capabilities"];
+  readonly #threads: number;
+  readonly #dropped = new Map<DropReason, number>();
+  readonly #subscriptions: Subscription[] = [];
+  #stages: Stage[] = [];
+  /** The newest epoch seen; messages of others are dropped. */
+  #epoch = 0;
+  /** The epoch whose stages are open. */
+  #loadedEpoch = 0;
+  #results = "";
+  #queue: { stage: Stage; item: QueuedStep }[] = [];
+  /** The loop over the queue; ends when the queue is empty. */
+  #loop: Promise<void> | undefined;
+  /** To be done when no micro-batch is in the kernel library. */
+  #between: (() => void)[] = [];
+  /** Load, unload and close happen one after the other. */
+  #changes: Promise<void> = Promise.resolve();
+  #closed = false;
+
+  private constructor(options: WorkerOptions, bandwidthGBps: number | null) {
+    const device = options.kernels.deviceInfo();
+    this.id = options.id;
+    this.#options = options;
+    this.#bus = options.bus;
+    this.#kernels = options.kernels;
+    this.#subjects = clusterSubjects(options.cluster ?? "local");
+    this.#threads = options.threads ?? device.cores;
+    this.#capabilities = {
+      isa: options.isa ?? device.isa,
+      cores: this.#threads,
+      memoryBytes: options.memoryBytes ?? Deno.systemMemoryInfo().available,
+      bandwidthGBps,
+    };
+    const control = this.#subjects.control(this.id);
+    this.#subscriptions.push(
+      this.#bus.subscribe(this.#subjects.discover, () => this.#announce("ready")),
+      this.#bus.subscribe(control, (message) => this.#onControl(message)),
+    );
+    this.#announce("ready");
+  }
+
+  /** Starts a worker and announces it. */
+  static async start(options: WorkerOptions): Promise<Worker> {
+    let bandwidth = options.bandwidthGBps ?? null;
+    if (bandwidth === "measure") {
+      const threads = options.threads ?? options.kernels.deviceInfo().cores;
+      bandwidth = await options.kernels.measureBandwidth(threads, BANDWIDTH_MEBIBYTES);
+    }
+    return new Worker(options, bandwidth);
+  }
+
+  /** Announces its leave, gives up what it computes, and closes its shards. */
+  async close(): Promise<void> {
+    if (this.#closed) return await this.#changes;
+    this.#closed = true;
+    for (const subscription of this.#subscriptions) subscription.unsubscribe();
+    try {
+      this.#announce("leaving");
+    } catch (error) {
+      if (!(error instanceof BusError)) throw error; // the bus may be closed before its users
+    }
+    await this.#change(() => this.#closeStages());
+  }
+
+  #announce(state: Hello["state"]): void {
+    const hello: Hello = {
+      type: "hello",
+      id: this.id,
+      state,
+      epoch: this.#epoch,
+      versions: { abi: this.#kernels.abiVersion, wire: WIRE_VERSION },
+      capabilities: this.#capabilities,
+    };
+    this.#bus.publish(this.#subjects.hello, encodeJson(hello));
+  }
+
+  // Control.
+
+  #onControl(message: BusMessage): void {
+    let request: ControlRequest;
+    try {
+      request = decodeJson(controlRequestSchema, message.data);
+    } catch (error) {
+      if (!(error instanceof WireError)) throw error;
+      this.#drop("malformed", error.message);
+      return message.respond(encodeJson(refusal(error)));
+    }
+    if (request.type === "release") return this.#release(request, message);
+    const act = request.type === "load"
+      ? () => this.#load(request)
+      : request.type === "unload"
+      ? () => this.#unload(request.epoch)
+      : () => Promise.resolve();
+    this.#change(act).then(() => this.#status()).catch(refusal).then((reply) => message.respond(encodeJson(reply)))
+      .catch((error) => this.#log(`worker ${this.id} could not answer: ${error}`));
+  }
+
+  /** Runs `act` after all changes before it. */
+  #change(act: () => Promise<void>): Promise<void> {
+    const done = this.#changes.then(act);
+    this.#changes = done.catch(() => {});
+    return done;
+  }
+
+  #release({ epoch, seqs }: { epoch: number; seqs: number[] }, message: BusMessage): void {
+    if (epoch !== this.#epoch) return this.#drop("epoch", `release of epoch ${epoch}`);
+    for (const stage of this.#stages) stage.release(seqs);
+    if (message.reply !== undefined) this.#status().then((reply) => message.respond(encodeJson(reply)), () => {});
+  }
+
+  async #load(request: ControlRequest & { type: "load" }): Promise<void> {
+    if (this.#closed) throw new WorkerError(`worker ${this.id} leaves`);
+    const { epoch } = request;
+    if (epoch < this.#epoch) throw new WorkerError(`epoch ${epoch} is over; worker ${this.id} is in ${this.#epoch}`);
+    if (epoch === this.#loadedEpoch) return; // received twice
+    this.#epoch = epoch;
+    this.#results = request.results;
+    await this.#fence();
+    const spare = this.#stages;
+    this.#stages = [];
+    const opened: Stage[] = [];
+    try {
+      // First free what is not wanted any more, then open: both may not fit at once.
+      const kept = request.stages.map((wanted) => {
+        const at = spare.findIndex((stage) => sameShard(stage.spec.shard, wanted.shard));
+        return at < 0 ? undefined : spare.splice(at, 1)[0];
+      });
+      for (const stage of spare.splice(0)) stage.handle.close();
+      spare.push(...kept.filter((stage) => stage !== undefined));
+      for (const [i, wanted] of request.stages.entries()) {
+        const keep = kept[i];
+        let handle: ShardHandle;
+        if (keep === undefined) {
+          const choices = { threads: this.#threads, isa: this.#options.isa ?? null };
+          handle = await this.#kernels.openShard(wanted.shard, choices);
+        } else {
+          keep.freeAll();
+          spare.splice(spare.indexOf(keep), 1);
+          handle = keep.handle;
+        }
+        opened.push(new Stage(wanted, epoch, handle));
+      }
+      for (const stage of opened) {
+        const subject = this.#subjects.stage(this.id, stage.spec.stage);
+        stage.subscription = this.#bus.subscribe(subject, (message) => this.#onWork(stage, message));
+      }
+    } catch (error) {
+      for (const stage of [...opened, ...spare]) {
+        stage.subscription?.unsubscribe();
+        stage.handle.close();
+      }
+      throw error;
+    }
+    this.#stages = opened;
+    this.#loadedEpoch = epoch;
+  }
+
+  async #unload(epoch: number): Promise<void> {
+    if (epoch !== this.#epoch) throw new WorkerError(`worker ${this.id} is in epoch ${this.#epoch}, not ${epoch}`);
+    await this.#closeStages();
+  }
+
+  async #closeStages(): Promise<void> {
+    await this.#fence();
+    for (const stage of this.#stages.splice(0)) stage.handle.close();
+    this.#loadedEpoch = 0;
+  }
+
+  /** Ends all work: no more messages, an empty queue, nothing in the kernel library. */
+  async #fence(): Promise<void> {
+    for (const stage of this.#stages) {
+      stage.subscription?.unsubscribe();
+      stage.interrupt();
+      stage.queued = 0;
+    }
+    this.#queue = [];
+    await this.#loop;
+  }
+
+  /** Asked between two micro-batches, as the kernel library would block the thread meanwhile. */
+  #status(): Promise<ControlReply> {
+    return new Promise((resolve, reject) => {
+      const answer = () => {
+        try {
+          resolve({
+            ok: true,
+            epoch: this.#epoch,
+            stages: this.#stages.map((stage) => stage.status()),
+            dropped: Object.fromEntries(this.#dropped),
+          });
+        } catch (error) {
+          reject(error);
+        }
+      };
+      if (this.#loop === undefined) answer();
+      else this.#between.push(answer);
+    });
+  }
+
+  // Work.
+
+  #onWork(stage: Stage, message: BusMessage): void {
+    let item: QueuedStep;
+    try {
+      // The kernel library reads f32 and u32 in place; some transports deliver at odd addresses.
+      const data = message.data.byteOffset % 4 === 0 ? message.data : message.data.slice();
+      const { kind, epoch, step, batch, payload } = decodeMessage(data);
+      if (kind !== "work") throw new WireError(`a ${kind} message is no work`);
+      if (epoch !== stage.epoch) return this.#drop("epoch", `step ${step} of epoch ${epoch}`);
+      item = { step, batch: decodeBatch(batch), payload };
+    } catch (error) {
+      if (!(error instanceof WireError)) throw error;
+      return this.#drop("malformed", error.message);
+    }
+    if (!stage.seen.add(item.step)) return this.#drop("duplicate", `step ${item.step}`);
+    if (this.#queue.length >= MAX_QUEUED) return this.#drop("overflow", `step ${item.step}`);
+    stage.queued++;
+    this.#queue.push({ stage, item });
+    this.#loop ??= this.#run();
+  }
+
+  async #run(): Promise<void> {
+    for (let next = this.#queue.shift(); next !== undefined; next = this.#queue.shift()) {
+      const { stage, item } = next;
+      stage.queued--;
+      try {
+        const message = await stage.compute(item, this.#bus.maxPayload);
+        if (stage.epoch === this.#epoch && !this.#closed) this.#bus.publish(stage.spec.next, message);
+      } catch (error) {
+        this.#fail(stage, item, error);
+      }
+      for (const act of this.#between.splice(0)) act();
+    }
+    this.#loop = undefined;
+  }
+
+  /** Tells the orchestrator why a micro-batch ends here. */
+  #fail(stage: Stage, item: QueuedStep, error: unknown): void {
+    if (stage.epoch !== this.#epoch || this.#closed) return; // interrupted by a fence
+    try {
+      const failure = encodeFailure({
+        code: error instanceof KernelError ? error.code : 0,
+        message: error instanceof Error ? error.message : String(error),
+        worker: this.id,
+        stage: stage.spec.stage,
+      });
+      const header = { kind: "result", epoch: stage.epoch, step: item.step, error: true } as const;
+      this.#bus.publish(this.#results, encodeMessage(header, entryTable(item.batch), failure));
+    } catch (cause) {
+      this.#log(`worker ${this.id} could not report ${error}: ${cause}`);
+    }
+  }
+
+  #drop(reason: DropReason, detail: string): void {
+    const times = (this.#dropped.get(reason) ?? 0) + 1;
+    this.#dropped.set(reason, times);
+    if ((times & (times - 1)) === 0) {
+      this.#log(`worker ${this.id} dropped a message (${reason}, ${times} so far): ${detail}`);
+    }
+  }
+
+  #log(message: string): void {
+    (this.#options.log ?? console.warn)(message);
+  }
+}
+
+function sameShard(a: Shard, b: Shard): boolean {
+  return JSON.stringify(a) === JSON.stringify(b);
+}
+
+function refusal(error: unknown): ControlReply {
+  return {
+    ok: false,
+    code: error instanceof KernelError ? error.code : 0,
+    error: error instanceof Error ? error.message : String(error),
+  };
+}

@@ -1,0 +1,341 @@
+import assert from "node:assert/strict";
+import {
+  clusterSubjects,
+  controlReplySchema,
+  decodeFailure,
+  decodeJson,
+  decodeMessage,
+  decodeResults,
+  encodeBatch,
+  encodeJson,
+  encodeMessage,
+  helloSchema,
+  InProcessBus,
+} from "../bus/mod.ts";
+import type {
+  BatchEntry,
+  ControlReply,
+  ControlRequest,
+  Hello,
+  SampleParameters,
+  Shard,
+  WireMessage,
+} from "../bus/mod.ts";
+import { fakeContinuation, FakeKernels, fakeShard } from "./fake_kernels.ts";
+import type { FakeKernelsOptions } from "./fake_kernels.ts";
+import { Worker } from "./worker.ts";
+
+const greedy: SampleParameters = {
+  temperature: 0,
+  topK: 0,
+  topP: 1,
+  minP: 0,
+  repeatPenalty: 1,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  penaltyLastN: 0,
+  promptLength: 3,
+  seed: 0n,
+  logitBias: new Map(),
+};
+const VOCAB = 97;
+const short = { ...greedy, promptLength: 1 };
+const NONE = new Uint8Array();
+
+/** A worker on a fresh bus, with the means to talk to it. */
+async function start(options: FakeKernelsOptions & { workers?: string[] } = {}) {
+  const bus = new InProcessBus();
+  const subjects = clusterSubjects("local");
+  const hellos: Hello[] = [];
+  bus.subscribe(subjects.hello, (message) => hellos.push(decodeJson(helloSchema, message.data)));
+  const results: WireMessage[] = [];
+  let wake = () => {};
+  bus.subscribe("results", (message) => {
+    results.push(decodeMessage(message.data));
+    wake();
+  });
+  const kernels = new FakeKernels(options);
+  const log: string[] = [];
+  const workers: Worker[] = [];
+  for (const id of options.workers ?? ["a"]) {
+    workers.push(await Worker.start({ bus, kernels, id, memoryBytes: 1e9, log: (line) => log.push(line) }));
+  }
+  const control = async (request: ControlRequest, id = "a"): Promise<ControlReply> =>
+    decodeJson(controlReplySchema, (await bus.request(subjects.control(id), encodeJson(request))).data);
+  const load = async (shard: Shard = fakeShard(), epoch = 1) => {
+    const reply = await control({
+      type: "load",
+      epoch,
+      stages: [{ stage: 0, shard, next: "results" }],
+      results: "results",
+    });
+    assert(reply.ok, JSON.stringify(reply));
+    return reply;
+  };
+  return {
+    bus,
+    subjects,
+    hellos,
+    results,
+    kernels,
+    log,
+    workers,
+    control,
+    load,
+    send: (step: number, entries: BatchEntry[], { epoch = 1, payload = NONE, stage = 0, id = "a" } = {}) =>
+      bus.publish(
+        subjects.stage(id, stage),
+        encodeMessage({ kind: "work", epoch, step }, encodeBatch(entries), payload),
+      ),
+    /** Resolves when so many results came. */
+    async arrived(count: number): Promise<void> {
+      while (results.length < count) await new Promise<void>((resolve) => wake = resolve);
+    },
+    async end(): Promise<void> {
+      for (const worker of workers) await worker.close();
+      await bus.close();
+      for (const shard of kernels.shards) {
+        assert.deepEqual(shard.misuse, []);
+        assert(shard.closed);
+      }
+    },
+  };
+}
+
+function tokensOf(results: readonly WireMessage[]): (number | undefined)[] {
+  return results.flatMap((message) => decodeResults(message, VOCAB).map((result) => result.sampled?.id));
+}
+
+/** A gate that a fake layer waits at. */
+function gate() {
+  let open = () => {};
+  let entered = () => {};
+  const isOpen = new Promise<void>((resolve) => open = resolve);
+  const isEntered = new Promise<void>((resolve) => entered = resolve);
+  return { open, entered: isEntered, pass: () => (entered(), isOpen) };
+}
+
+Deno.test("Worker: announces itself at start, on discovery, and when it leaves", async () => {
+  const t = await start();
+  t.bus.publish(t.subjects.discover, NONE);
+  await t.bus.flush();
+  await t.bus.flush();
+  assert.deepEqual(t.hellos.map((hello) => [hello.id, hello.state]), [["a", "ready"], ["a", "ready"]]);
+  assert.deepEqual(t.hellos[0]!.capabilities, { isa: "fake", cores: 1, memoryBytes: 1e9, bandwidthGBps: null });
+  await t.workers[0]!.close();
+  await t.bus.flush();
+  assert.equal(t.hellos.at(-1)!.state, "leaving");
+  assert.equal(t.bus.subscriptions, 2); // those of this test
+  await t.end();
+});
+
+Deno.test("Worker: computes prefill and decode of a whole model", async () => {
+  const t = await start();
+  await t.load();
+  const expected = fakeContinuation({ layers: 6, vocab: VOCAB }, [5, 6, 7], 4, greedy);
+  t.send(0, [{ seq: 1, pos: 0, tokens: [5, 6] }]);
+  t.send(1, [{ seq: 1, pos: 2, tokens: [7], sample: greedy }]);
+  t.send(2, [{ seq: 1, pos: 3, tokens: [expected[0]!], sample: greedy }]);
+  t.send(3, [{ seq: 1, pos: 4, tokens: expected.slice(1, 3), sample: greedy }]);
+  await t.arrived(4);
+  assert.deepEqual(tokensOf(t.results), [undefined, expected[0], expected[1], expected[3]]);
+  await t.end();
+});
+
+Deno.test("Worker: stages on one and on several workers give the same tokens", async () => {
+  for (const split of [[0, 6], [0, 3, 6], [0, 1, 2, 3, 4, 6]]) {
+    for (const ids of [["a"], ["a", "b"]]) {
+      const t = await start({ workers: ids });
+      const stages = split.slice(0, -1).map((first, stage) => {
+        const last = stage === split.length - 2;
+        const shard = fakeShard({ first, end: split[stage + 1]! });
+        const owner = ids[stage % ids.length]!;
+        const next = last ? "results" : t.subjects.stage(ids[(stage + 1) % ids.length]!, stage + 1);
+        return { owner, stage: { stage, shard, next } };
+      });
+      for (const id of ids) {
+        const mine = stages.filter(({ owner }) => owner === id).map(({ stage }) => stage);
+        assert((await t.control({ type: "load", epoch: 1, stages: mine, results: "results" }, id)).ok);
+      }
+      t.send(0, [{ seq: 1, pos: 0, tokens: [5, 6] }, { seq: 2, pos: 0, tokens: [9], sample: short }]);
+      t.send(1, [{ seq: 1, pos: 2, tokens: [7], sample: greedy }]);
+      await t.arrived(2);
+      const hyper = { layers: 6, vocab: VOCAB };
+      assert.deepEqual(tokensOf(t.results), [
+        undefined,
+        fakeContinuation(hyper, [9], 1, greedy)[0],
+        fakeContinuation(hyper, [5, 6, 7], 1, greedy)[0],
+      ]);
+      await t.end();
+    }
+  }
+});
+
+Deno.test("Worker: a message received twice, of another epoch or malformed is counted and dropped", async () => {
+  const t = await start();
+  await t.load();
+  const entry = { seq: 1, pos: 0, tokens: [5, 6, 7], sample: greedy };
+  t.send(7, [entry]);
+  t.send(7, [entry]);
+  t.send(8, [entry], { epoch: 2 });
+  t.bus.publish(t.subjects.stage("a", 0), Uint8Array.of(1, 2, 3));
+  t.bus.publish(t.subjects.stage("a", 0), encodeMessage({ kind: "work", epoch: 1, step: 9 }, NONE, NONE));
+  t.bus.publish(t.subjects.control("a"), new TextEncoder().encode('{"type":"explode"}'));
+  t.send(10, [{ seq: 1, pos: 3, tokens: [1] }]);
+  await t.arrived(2);
+  assert.deepEqual(t.results.map((result) => [result.step, result.error]), [[7, false], [10, false]]);
+  const status = await t.control({ type: "status" });
+  assert(status.ok);
+  assert.deepEqual(status.dropped, { malformed: 3, epoch: 1, duplicate: 1 });
+  assert.equal(status.stages[0]!.steps, 2);
+  assert.equal(t.log.length, 4, "of each kind the first, second, fourth… are logged");
+  await t.end();
+});
+
+Deno.test("Worker: 5000 random control and work messages do not end it", async () => {
+  const t = await start();
+  await t.load();
+  const good = encodeMessage({ kind: "work", epoch: 1, step: 1 }, encodeBatch([{ seq: 1, pos: 0, tokens: [1] }]), NONE);
+  let x = 7;
+  const random = (n: number) => (x = (Math.imul(x, 1664525) + 1013904223) >>> 0) % n;
+  for (let i = 0; i < 5000; i++) {
+    const bytes = i % 2 ? good.slice() : Uint8Array.from({ length: random(60) }, () => random(256));
+    if (bytes.length > 0) bytes[random(bytes.length)] = random(256);
+    t.bus.publish(i % 3 ? t.subjects.stage("a", 0) : t.subjects.control("a"), bytes);
+    if (i % 500 === 0) await t.bus.flush();
+  }
+  t.send(1 << 30, [{ seq: 99, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
+  while (!t.results.some((result) => result.step === 1 << 30)) await t.arrived(t.results.length + 1);
+  assert.equal(t.results.find((result) => result.step === 1 << 30)!.error, false);
+  await t.end();
+});
+
+Deno.test("Worker: what goes wrong in a micro-batch is reported with stage, worker and code, and the next one runs", async () => {
+  const t = await start();
+  await t.load();
+  t.send(0, [{ seq: 1, pos: 5, tokens: [1] }]);
+  t.send(1, [{ seq: 1, pos: 0, tokens: [1] }], { payload: new Uint8Array(4) });
+  t.send(2, [{ seq: 2, pos: 0, tokens: new Array(65).fill(1) }]);
+  t.send(3, [{ seq: 1, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
+  await t.arrived(4);
+  assert.deepEqual(t.results.map((result) => result.error), [true, true, true, false]);
+  const failures = t.results.slice(0, 3).map((result) => decodeFailure(result.payload));
+  assert.deepEqual(failures.map(({ code, worker, stage }) => [code, worker, stage]), [[-7, "a", 0], [0, "a", 0], [
+    -1,
+    "a",
+    0,
+  ]]);
+  assert.match(failures[0]!.message, /sequence 1 has 0 tokens/);
+  assert.match(failures[1]!.message, /4 bytes of hidden states/);
+  await t.end();
+});
+
+Deno.test("Worker: a result too large for the bus is an error, not a crash", async () => {
+  const t = await start();
+  await t.load(fakeShard({ maxBatch: 4096, vocab: 5000 }));
+  t.send(0, [{ seq: 1, pos: 0, tokens: new Array(64).fill(1), logits: true }]);
+  await t.arrived(1);
+  assert.match(decodeFailure(t.results[0]!.payload).message, /gives \d+ bytes; the bus takes 1048576/);
+  await t.end();
+});
+
+Deno.test("Worker: release overtakes queued work, and an emptied micro-batch still travels", async () => {
+  const wait = gate();
+  const t = await start({ beforeLayer: (layer) => layer === 0 ? wait.pass() : undefined });
+  await t.load();
+  t.send(0, [{ seq: 1, pos: 0, tokens: [1] }, { seq: 2, pos: 0, tokens: [1, 2] }]);
+  t.send(1, [{ seq: 3, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
+  t.send(2, [{ seq: 2, pos: 2, tokens: [3] }, { seq: 4, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
+  await wait.entered;
+  t.bus.publish(t.subjects.control("a"), encodeJson({ type: "release", epoch: 1, seqs: [2, 3] }));
+  await t.bus.flush();
+  wait.open();
+  await t.arrived(3);
+  const shard = t.kernels.shards[0]!;
+  assert.deepEqual(shard.forwards.map((forward) => forward.seqs), [[1, 2], [4]]);
+  assert.deepEqual([...shard.sequences.keys()], [1, 4]);
+  assert.deepEqual(decodeResults(t.results[1]!, VOCAB), []);
+  t.send(3, [{ seq: 2, pos: 0, tokens: [3] }]); // late: stays dead
+  await t.arrived(4);
+  assert.deepEqual([...shard.sequences.keys()], [1, 4]);
+  await t.end();
+});
+
+Deno.test("Worker: release of all its sequences stops the running micro-batch", async () => {
+  const wait = gate();
+  let layers = 0;
+  const t = await start({ beforeLayer: (layer) => (layers++, layer === 1 ? wait.pass() : undefined) });
+  await t.load();
+  t.send(0, [{ seq: 1, pos: 0, tokens: [1] }, { seq: 2, pos: 0, tokens: [1, 2] }]);
+  await wait.entered;
+  t.bus.publish(t.subjects.control("a"), encodeJson({ type: "release", epoch: 1, seqs: [1] }));
+  t.bus.publish(t.subjects.control("a"), encodeJson({ type: "release", epoch: 1, seqs: [2] }));
+  await t.bus.flush();
+  wait.open();
+  await t.arrived(1);
+  assert.equal(layers, 2, "the layers after the stop are not computed");
+  assert.equal(t.results[0]!.error, false);
+  assert.deepEqual(decodeResults(t.results[0]!, VOCAB), []);
+  assert.equal(t.kernels.shards[0]!.sequences.size, 0);
+  await t.end();
+});
+
+Deno.test("Worker: a new epoch keeps an equal shard without its sequences and closes the others", async () => {
+  const t = await start();
+  const [one, two, other] = [fakeShard({ end: 3 }), fakeShard({ first: 3 }), fakeShard({ end: 2 })];
+  const load = (epoch: number, shards: Shard[]) =>
+    t.control({
+      type: "load",
+      epoch,
+      stages: shards.map((shard, stage) => ({ stage, shard, next: t.subjects.stage("a", stage + 1) })),
+      results: "results",
+    });
+  assert((await load(1, [one, two])).ok);
+  t.send(0, [{ seq: 1, pos: 0, tokens: [1] }]);
+  await t.bus.flush();
+  assert((await load(2, [other, two])).ok);
+  assert.deepEqual(t.kernels.shards.map((shard) => shard.closed), [true, false, false]);
+  assert.equal(t.kernels.shards[1]!.sequences.size, 0);
+  assert((await load(2, [other, two])).ok, "received twice");
+  assert.equal(t.kernels.shards.length, 3);
+  const stale = await load(1, [one]);
+  assert(!stale.ok && /epoch 1 is over/.test(stale.error));
+  assert(!(await t.control({ type: "unload", epoch: 1 })).ok);
+  assert((await t.control({ type: "unload", epoch: 2 })).ok);
+  assert(t.kernels.shards.every((shard) => shard.closed));
+  await t.end();
+});
+
+Deno.test("Worker: a load that fails says why and leaves nothing open", async () => {
+  const t = await start();
+  const request: ControlRequest = {
+    type: "load",
+    epoch: 1,
+    stages: [
+      { stage: 0, shard: fakeShard({ end: 3 }), next: t.subjects.stage("a", 1) },
+      { stage: 1, shard: fakeShard({ first: 3, path: "missing.gguf" }), next: "results" },
+    ],
+    results: "results",
+  };
+  const reply = await t.control(request);
+  assert(!reply.ok);
+  assert.deepEqual([reply.code, reply.error], [-5, "missing.gguf: no such file"]);
+  assert(t.kernels.shards.every((shard) => shard.closed));
+  await t.end();
+});
+
+Deno.test("Worker: close during a micro-batch gives it up", async () => {
+  const wait = gate();
+  const t = await start({ beforeLayer: (layer) => layer === 0 ? wait.pass() : undefined });
+  await t.load();
+  t.send(0, [{ seq: 1, pos: 0, tokens: [1] }]);
+  t.send(1, [{ seq: 2, pos: 0, tokens: [1] }]);
+  await wait.entered;
+  const closed = t.workers[0]!.close();
+  wait.open();
+  await closed;
+  assert.deepEqual(t.kernels.shards[0]!.forwards, []);
+  await t.bus.flush();
+  assert.equal(t.results.length, 0);
+  await t.end();
+});
