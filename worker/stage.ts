@@ -32,6 +32,8 @@ export class Stage {
   readonly #released = new RecentSet();
   /** Sequences that may have tokens in the KV cache. */
   readonly #sequences = new Set<number>();
+  /** Released while a micro-batch runs: to be freed after it. */
+  #doomed: number[] = [];
   /** Sequences of the micro-batch in the kernel library. */
   #running: readonly number[] | undefined;
   readonly #stop = new Int32Array(new ArrayBuffer(4));
@@ -49,8 +51,9 @@ export class Stage {
    */
   release(seqs: readonly number[]): void {
     for (const seq of seqs) this.#released.add(seq);
-    if (this.#running === undefined) this.#free(seqs);
-    else if (this.#running.every((seq) => this.#released.has(seq))) this.interrupt();
+    if (this.#running === undefined) return this.#free(seqs);
+    for (const seq of seqs) this.#doomed.push(seq);
+    if (this.#running.every((seq) => this.#released.has(seq))) this.interrupt();
   }
 
   /** Gives up the running micro-batch. */
@@ -103,7 +106,7 @@ export class Stage {
       } finally {
         this.#running = undefined;
         this.busyMs += performance.now() - begin;
-        this.#free(seqs.filter((seq) => this.#released.has(seq)));
+        this.#free(this.#doomed.splice(0));
       }
       if (written > capacity) throw new WorkerError(`the kernel library wrote ${written} bytes of ${capacity}`);
       this.tokens += batch.tokens.length;

@@ -241,22 +241,26 @@ Deno.test("Worker: a result too large for the bus is an error, not a crash", asy
 
 Deno.test("Worker: release overtakes queued work, and an emptied micro-batch still travels", async () => {
   const wait = gate();
-  const t = await start({ beforeLayer: (layer) => layer === 0 ? wait.pass() : undefined });
+  let waits = false;
+  const t = await start({ beforeLayer: (layer) => waits && layer === 0 ? wait.pass() : undefined });
   await t.load();
+  t.send(9, [{ seq: 7, pos: 0, tokens: [1] }]);
+  await t.arrived(1);
+  waits = true;
   t.send(0, [{ seq: 1, pos: 0, tokens: [1] }, { seq: 2, pos: 0, tokens: [1, 2] }]);
   t.send(1, [{ seq: 3, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
   t.send(2, [{ seq: 2, pos: 2, tokens: [3] }, { seq: 4, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
   await wait.entered;
-  t.bus.publish(t.subjects.control("a"), encodeJson({ type: "release", epoch: 1, seqs: [2, 3] }));
+  t.bus.publish(t.subjects.control("a"), encodeJson({ type: "release", epoch: 1, seqs: [2, 3, 7] }));
   await t.bus.flush();
   wait.open();
-  await t.arrived(3);
-  const shard = t.kernels.shards[0]!;
-  assert.deepEqual(shard.forwards.map((forward) => forward.seqs), [[1, 2], [4]]);
-  assert.deepEqual([...shard.sequences.keys()], [1, 4]);
-  assert.deepEqual(decodeResults(t.results[1]!, VOCAB), []);
-  t.send(3, [{ seq: 2, pos: 0, tokens: [3] }]); // late: stays dead
   await t.arrived(4);
+  const shard = t.kernels.shards[0]!;
+  assert.deepEqual(shard.forwards.map((forward) => forward.seqs), [[7], [1, 2], [4]]);
+  assert.deepEqual([...shard.sequences.keys()], [1, 4]);
+  assert.deepEqual(decodeResults(t.results[2]!, VOCAB), []);
+  t.send(3, [{ seq: 2, pos: 0, tokens: [3] }]); // late: stays dead
+  await t.arrived(5);
   assert.deepEqual([...shard.sequences.keys()], [1, 4]);
   await t.end();
 });

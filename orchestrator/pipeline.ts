@@ -1,0 +1,244 @@
+import {
+  BusError,
+  clusterSubjects,
+  controlReplySchema,
+  decodeFailure,
+  decodeJson,
+  decodeMessage,
+  decodeResults,
+  encodeJson,
+  encodeMessage,
+  WireError,
+} from "../bus/mod.ts";
+import type { Bus, ControlReply, ControlRequest, EntryResult, Shard, StageStatus, Subscription } from "../bus/mod.ts";
+import { ClusterError } from "./errors.ts";
+import type { PlacedStage } from "./placement.ts";
+
+/** What the scheduler needs of a pipeline. */
+export interface StepRunner {
+  /** Stages that a micro-batch passes. */
+  readonly stages: number;
+  /** KV blocks of the stage that has fewest, and tokens of a block. */
+  readonly kvBlocks: number;
+  readonly blockTokens: number;
+  /**
+   * Sends a micro-batch (bytes of `encodeBatch`) through all stages. Micro-batches are computed in the order sent.
+   *
+   * @throws {ClusterError} when a stage fails or no result comes in time.
+   */
+  run(batch: Uint8Array): Promise<EntryResult[]>;
+  /** Cancels and frees sequences in all stages, ahead of queued micro-batches. */
+  release(seqs: readonly number[]): void;
+}
+
+/** Options of {@linkcode Pipeline.load}. */
+export interface PipelineOptions {
+  bus: Bus;
+  cluster: string;
+  /** Id of this orchestrator; a name as in subjects. */
+  orchestrator: string;
+  /** Larger than any that the workers have seen. */
+  epoch: number;
+  placement: readonly PlacedStage[];
+  /** The shard of each stage. */
+  shards: readonly Shard[];
+  /** Milliseconds that workers may take to open their shards. */
+  loadTimeoutMs: number;
+  /** Milliseconds that a micro-batch may take through all stages. */
+  stepTimeoutMs: number;
+  signal?: AbortSignal | undefined;
+}
+
+/** Milliseconds that a worker may take to close its shards. */
+const UNLOAD_TIMEOUT_MS = 10_000;
+
+interface PendingStep {
+  readonly resolve: (results: EntryResult[]) => void;
+  readonly reject: (error: Error) => void;
+  readonly timer: ReturnType<typeof setTimeout>;
+}
+
+/** One placement of a model on workers, for one epoch: its stages are loaded, and micro-batches run through them. */
+export class Pipeline implements StepRunner {
+  readonly epoch: number;
+  readonly placement: readonly PlacedStage[];
+  readonly #options: PipelineOptions;
+  readonly #subjects: ReturnType<typeof clusterSubjects>;
+  readonly #workers: readonly string[];
+  readonly #vocab: number;
+  readonly #subscription: Subscription;
+  readonly #pending = new Map<number, PendingStep>();
+  #nextStep = 0;
+  #status: readonly StageStatus[] = [];
+  #failure: ClusterError | undefined;
+
+  private constructor(options: PipelineOptions) {
+    this.#options = options;
+    this.epoch = options.epoch;
+    this.placement = options.placement;
+    this.#subjects = clusterSubjects(options.cluster);
+    this.#workers = [...new Set(options.placement.map((stage) => stage.worker))];
+    this.#vocab = options.shards[0]!.hyper.vocab;
+    this.#subscription = options.bus.subscribe(
+      this.#subjects.results(options.orchestrator),
+      (message) => this.#onResult(message.data),
+    );
+  }
+
+  /**
+   * Has every worker open its shards.
+   *
+   * @throws {ClusterError} naming the worker and its reason; then no stage stays open.
+   */
+  static async load(options: PipelineOptions): Promise<Pipeline> {
+    const pipeline = new Pipeline(options);
+    try {
+      await pipeline.#load();
+      return pipeline;
+    } catch (error) {
+      await pipeline.close();
+      throw error;
+    }
+  }
+
+  get stages(): number {
+    return this.placement.length;
+  }
+
+  /** The stages' state when they were loaded. */
+  get status(): readonly StageStatus[] {
+    return this.#status;
+  }
+
+  get kvBlocks(): number {
+    return Math.min(...this.#status.map((stage) => stage.stats.kvBlocksTotal));
+  }
+
+  get blockTokens(): number {
+    return this.#status[0]!.stats.blockTokens;
+  }
+
+  /** Micro-batches on their way. */
+  get inFlight(): number {
+    return this.#pending.size;
+  }
+
+  run(batch: Uint8Array): Promise<EntryResult[]> {
+    if (this.#failure !== undefined) return Promise.reject(this.#failure);
+    const step = this.#nextStep++;
+    const { bus, epoch, stepTimeoutMs } = this.#options;
+    const { promise, resolve, reject } = Promise.withResolvers<EntryResult[]>();
+    const timer = setTimeout(() => {
+      this.#settle(step)?.reject(new ClusterError(`no result of step ${step} within ${stepTimeoutMs} ms`));
+    }, stepTimeoutMs);
+    this.#pending.set(step, { resolve, reject, timer });
+    try {
+      const first = this.#subjects.stage(this.placement[0]!.worker, 0);
+      bus.publish(first, encodeMessage({ kind: "work", epoch, step }, batch, new Uint8Array()));
+    } catch (cause) {
+      this.#settle(step)?.reject(new ClusterError(`step ${step} could not be sent`, { cause }));
+    }
+    return promise;
+  }
+
+  release(seqs: readonly number[]): void {
+    if (seqs.length === 0 || this.#failure !== undefined) return;
+    for (const worker of this.#workers) this.#tell(worker, { type: "release", epoch: this.epoch, seqs: [...seqs] });
+  }
+
+  /** Gives up: what is on its way and what comes later is rejected with `error`. */
+  fail(error: ClusterError): void {
+    if (this.#failure !== undefined) return;
+    this.#failure = error;
+    for (const step of [...this.#pending.keys()]) this.#settle(step)?.reject(error);
+  }
+
+  /** Asks the stages how they are, first stage first. */
+  async query(): Promise<StageStatus[]> {
+    const replies = await Promise.all(this.#workers.map((worker) => this.#ask(worker, { type: "status" }, 5000)));
+    return replies.flatMap((reply) => reply.stages).sort((a, b) => a.stage - b.stage);
+  }
+
+  /** Closes all stages. Workers that do not answer are left to themselves. */
+  async close(): Promise<void> {
+    this.fail(new ClusterError("the pipeline was closed"));
+    this.#subscription.unsubscribe();
+    const request = { type: "unload", epoch: this.epoch } as const;
+    await Promise.allSettled(this.#workers.map((worker) => this.#ask(worker, request, UNLOAD_TIMEOUT_MS)));
+  }
+
+  async #load(): Promise<void> {
+    const { placement, shards, orchestrator, loadTimeoutMs } = this.#options;
+    const results = this.#subjects.results(orchestrator);
+    const stages = placement.map(({ worker }, stage) => {
+      const following = placement[stage + 1];
+      const next = following === undefined ? results : this.#subjects.stage(following.worker, stage + 1);
+      return { worker, spec: { stage, shard: shards[stage]!, next } };
+    });
+    const replies = await Promise.allSettled(this.#workers.map((worker) => {
+      const mine = stages.filter((stage) => stage.worker === worker).map((stage) => stage.spec);
+      return this.#ask(worker, { type: "load", epoch: this.epoch, stages: mine, results }, loadTimeoutMs);
+    }));
+    const errors = replies.filter((reply) => reply.status === "rejected").map((reply) => reply.reason);
+    if (errors.length > 0) throw errors.find((error) => error instanceof ClusterError) ?? errors[0];
+    this.#status = replies.flatMap((reply) => reply.status === "fulfilled" ? reply.value.stages : [])
+      .sort((a, b) => a.stage - b.stage);
+    if (this.#status.length !== placement.length) {
+      throw new ClusterError(`${this.#status.length} of ${placement.length} stages are loaded`);
+    }
+  }
+
+  async #ask(worker: string, request: ControlRequest, timeoutMs: number): Promise<ControlReply & { ok: true }> {
+    const { bus, signal } = this.#options;
+    let reply: ControlReply;
+    try {
+      const options = request.type === "load" && signal !== undefined ? { timeoutMs, signal } : { timeoutMs };
+      const message = await bus.request(this.#subjects.control(worker), encodeJson(request), options);
+      reply = decodeJson(controlReplySchema, message.data);
+    } catch (cause) {
+      if (!(cause instanceof BusError)) throw cause;
+      throw new ClusterError(`worker ${worker} did not ${request.type}: ${cause.message}`, { cause });
+    }
+    if (!reply.ok) throw new ClusterError(`worker ${worker} did not ${request.type}: ${reply.error}`);
+    return reply;
+  }
+
+  /** Sends a request whose answer is of no account. */
+  #tell(worker: string, request: ControlRequest): void {
+    try {
+      this.#options.bus.publish(this.#subjects.control(worker), encodeJson(request));
+    } catch (cause) {
+      if (!(cause instanceof BusError)) throw cause;
+      this.fail(new ClusterError(`the bus failed: ${cause.message}`, { cause }));
+    }
+  }
+
+  #onResult(data: Uint8Array): void {
+    let pending: PendingStep | undefined;
+    try {
+      const message = decodeMessage(data);
+      if (message.kind !== "result" || message.epoch !== this.epoch) return;
+      pending = this.#settle(message.step);
+      if (pending === undefined) return; // received twice, or too late
+      if (message.error) {
+        const { worker, stage, message: reason } = decodeFailure(message.payload);
+        throw new ClusterError(`stage ${stage} on worker ${worker} failed: ${reason}`);
+      }
+      pending.resolve(decodeResults(message, this.#vocab));
+    } catch (error) {
+      if (error instanceof ClusterError) pending?.reject(error);
+      else if (error instanceof WireError) {
+        pending?.reject(new ClusterError(`a stage sent a malformed result: ${error.message}`, { cause: error }));
+      } else throw error;
+    }
+  }
+
+  /** Takes a step off the list. */
+  #settle(step: number): PendingStep | undefined {
+    const pending = this.#pending.get(step);
+    if (pending === undefined) return undefined;
+    clearTimeout(pending.timer);
+    this.#pending.delete(step);
+    return pending;
+  }
+}

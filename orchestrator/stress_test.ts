@@ -1,0 +1,82 @@
+import assert from "node:assert/strict";
+import { continuation, fakeCluster, read, VOCAB } from "./fake_cluster.ts";
+
+function random(seed: number): (n: number) => number {
+  let x = seed;
+  return (n) => {
+    x = (Math.imul(x, 1664525) + 1013904223) >>> 0;
+    return Math.floor((x / 2 ** 32) * n);
+  };
+}
+
+const pause = () => new Promise<void>((resolve) => setTimeout(resolve, 0));
+
+for (const shards of [1, 2, 5]) {
+  Deno.test(`Engine: 32 requests with cancels and a short KV cache give the reference's tokens on ${shards} shards`, async () => {
+    const delay = random(shards);
+    const t = await fakeCluster({
+      shards,
+      workerCount: Math.min(shards, 3),
+      workers: Math.min(shards, 3),
+      context: 160,
+      kvTokens: 320,
+      maxBatch: 24,
+      maxRunning: 20,
+      kernels: { beforeLayer: () => delay(20) === 0 ? pause() : undefined },
+    });
+    let cancelled = 0;
+    const one = async (n: number) => {
+      const next = random(100 * shards + n);
+      const promptTokens = Array.from({ length: 1 + next(100) }, () => next(VOCAB));
+      const maxTokens = 1 + next(160 - promptTokens.length);
+      const seed = next(2) ? BigInt(next(1 << 20)) : undefined;
+      const expected = continuation(promptTokens, maxTokens, seed);
+      for (let i = next(4); i > 0; i--) await pause();
+      const controller = new AbortController();
+      const events = t.engine.generate({
+        promptTokens,
+        maxTokens,
+        sampling: seed === undefined ? { temperature: 0 } : { temperature: 1, seed },
+        ignoreEos: true,
+      }, { signal: controller.signal });
+      switch (n % 4) {
+        case 0: { // leaves in the midst
+          const leave = next(maxTokens);
+          const ids: number[] = [];
+          for await (const event of events) {
+            if (event.type === "token") ids.push(event.id);
+            if (ids.length > leave) break;
+          }
+          assert.deepEqual(ids, expected.slice(0, ids.length));
+          cancelled++;
+          break;
+        }
+        case 1: { // aborts at any time, perhaps before the first token
+          const aborted = new Error("left");
+          (async () => {
+            for (let i = next(30); i > 0; i--) await pause();
+            controller.abort(aborted);
+          })();
+          const ids: number[] = [];
+          try {
+            for await (const event of events) if (event.type === "token") ids.push(event.id);
+          } catch (error) {
+            assert.equal(error, aborted);
+            cancelled++;
+          }
+          assert.deepEqual(ids, expected.slice(0, ids.length));
+          break;
+        }
+        default:
+          assert.deepEqual((await read(events)).ids, expected);
+      }
+    };
+    for (let round = 0; round < 3; round++) {
+      await Promise.all(Array.from({ length: 32 }, (_, n) => one(32 * round + n)));
+    }
+    const stats = t.engine.stats();
+    assert(stats.preemptions > 0, "the KV cache was never short: the test shows nothing");
+    assert(cancelled > 20, `${cancelled} cancelled`);
+    await t.end();
+  });
+}
