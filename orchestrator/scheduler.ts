@@ -278,7 +278,10 @@ export class Scheduler {
       // Older ones have the rest: take what the blocks at hand hold, or wait for them.
       tokens = (kvBlocks - this.#usedBlocks + sequence.blocks) * blockTokens - sequence.computed;
       if (tokens > 0) break;
-      if (this.#usedBlocks === sequence.blocks) this.#fail(sequence, this.#tooLong(sequence));
+      if (this.#usedBlocks === sequence.blocks) {
+        this.#fail(sequence, this.#tooLong(sequence));
+        this.#wake();
+      }
       return 0;
     }
     const more = blocks();
