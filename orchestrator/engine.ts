@@ -1,5 +1,5 @@
 import { EventQueue } from "./event_queue.ts";
-import type { Bus, EntryResult, SampleParameters } from "../bus/mod.ts";
+import type { Bus, EntryResult, SampleParameters, StageStatus } from "../bus/mod.ts";
 import { ENTRY_BYTES, HEADER_BYTES, SAMPLE_BYTES } from "../bus/mod.ts";
 import { StopMatcher } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
@@ -253,6 +253,11 @@ export class Engine {
       return { ...stage, weightBytes, weightBytesPerToken };
     });
     return { ...this.#scheduler.stats, contextLength: this.contextLength, epoch, stages };
+  }
+
+  /** Asks the workers how their stages do, first stage first. */
+  query(): Promise<StageStatus[]> {
+    return this.#pipeline.query();
   }
 
   /** Ends all requests with {@linkcode EngineClosedError} and has the workers close their shards. */

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
-import { encodeMessage } from "../bus/mod.ts";
-import { continuation, fakeCluster, fakeModel, read, settled, VOCAB } from "./fake_cluster.ts";
+import { encodeMessage, InProcessBus } from "../bus/mod.ts";
+import type { PublishOptions } from "../bus/mod.ts";
+import { continuation, fakeCluster, fakeModel, read, settled, VOCAB } from "../tests/fakes/cluster.ts";
 import { Engine } from "./engine.ts";
 import { ClusterError, ContextLengthError, EngineClosedError, QueueFullError, RequestError } from "./errors.ts";
 
@@ -197,7 +198,7 @@ Deno.test("Engine.logits: the same in every chunking, split and company", async 
   const tokens = Array.from({ length: 90 }, (_, i) => (i * 31) % VOCAB);
   let expected: Float32Array | undefined;
   for (const shards of [1, 3]) {
-    const t = await fakeCluster({ shards, maxPayload: 20_000, maxBatch: 64 });
+    const t = await fakeCluster({ shards, bus: new InProcessBus({ maxPayload: 20_000 }), maxBatch: 64 });
     const company = t.engine.generate({ promptTokens: prompt, sampling: greedy, ignoreEos: true });
     for (const options of [{}, { chunk: 1 }, { chunk: 7 }, { chunk: 64 }]) {
       const logits = await t.engine.logits(tokens, options);
@@ -216,8 +217,8 @@ Deno.test("Engine.logits: the same in every chunking, split and company", async 
 });
 
 Deno.test("Engine: no message exceeds the bus, with wide hidden states and many logit biases", async () => {
-  const maxPayload = 40_000;
-  const t = await fakeCluster({ model: fakeModel({ embedding: 1024 }), shards: 3, maxPayload, maxBatch: 512 });
+  const bus = new InProcessBus({ maxPayload: 40_000 });
+  const t = await fakeCluster({ model: fakeModel({ embedding: 1024 }), shards: 3, bus, maxBatch: 512 });
   const long = Array.from({ length: 300 }, (_, i) => i % VOCAB);
   const logitBias = new Map(Array.from({ length: 60 }, (_, i) => [i, -1] as const));
   const answers = await Promise.all(
@@ -274,6 +275,52 @@ Deno.test("Engine: a result that does not come in time fails the request; what c
   await t.end();
 });
 
+Deno.test("Engine: every message may come twice", async () => {
+  class TwiceBus extends InProcessBus {
+    override publish(subject: string, data: Uint8Array, options?: PublishOptions): void {
+      super.publish(subject, data, options);
+      super.publish(subject, data, options);
+    }
+  }
+  const t = await fakeCluster({
+    bus: new TwiceBus(),
+    shards: 5,
+    workerCount: 3,
+    workers: 3,
+    kvTokens: 320,
+    context: 160,
+  });
+  await Promise.all(Array.from({ length: 8 }, async (_, n) => {
+    const request = { promptTokens: [n + 1, 2], maxTokens: 70, sampling: greedy, ignoreEos: true };
+    assert.deepEqual((await read(t.engine.generate(request))).ids, continuation([n + 1, 2], 70));
+  }));
+  await t.end();
+});
+
+Deno.test("Engine: a message that is lost costs the requests of its micro-batch, and no others", async () => {
+  class LossyBus extends InProcessBus {
+    lose = 0;
+    override publish(subject: string, data: Uint8Array, options?: PublishOptions): void {
+      if (/stage|results/.test(subject) && this.lose > 0 && --this.lose === 0) return;
+      super.publish(subject, data, options);
+    }
+  }
+  const bus = new LossyBus();
+  const t = await fakeCluster({ bus, shards: 3, workerCount: 2, workers: 2, stepTimeoutMs: 50 });
+  const request = { promptTokens: prompt, maxTokens: 40, sampling: greedy, ignoreEos: true };
+  for (let lost = 1; lost < 10; lost++) {
+    bus.lose = 20 + lost;
+    const answers = await Promise.allSettled(Array.from({ length: 3 }, () => read(t.engine.generate(request))));
+    assert(answers.some((answer) => answer.status === "rejected"));
+    for (const answer of answers) {
+      if (answer.status === "fulfilled") assert.deepEqual(answer.value.ids, continuation(prompt, 40));
+      else assert(answer.reason instanceof ClusterError);
+    }
+    assert.deepEqual((await read(t.engine.generate(request))).ids, continuation(prompt, 40));
+  }
+  await t.end();
+});
+
 Deno.test("Engine: forged results of other epochs and steps do nothing", async () => {
   const t = await fakeCluster();
   const subjects: string[] = [];
@@ -324,7 +371,7 @@ Deno.test("Engine.start: says what is missing", async () => {
   await assert.rejects(fakeCluster({ workers: 2, workerTimeoutMs: 5 }), /1 of 2 workers are there/);
   await assert.rejects(fakeCluster({ shards: 7 }), /7 shards are asked for; a model of 6 layers can have 1 to 6/);
   await assert.rejects(fakeCluster({ context: 1 << 20 }), /context is 1048576; it must be an integer, 2 to 4096/);
-  await assert.rejects(fakeCluster({ maxPayload: 1000 }), /the bus takes 1000 bytes/);
+  await assert.rejects(fakeCluster({ bus: new InProcessBus({ maxPayload: 1000 }) }), /the bus takes 1000 bytes/);
   const model = fakeModel();
   await assert.rejects(
     fakeCluster({ model: { ...model, path: "missing.gguf" } }),

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { continuation, fakeCluster, read, VOCAB } from "./fake_cluster.ts";
+import { continuation, fakeCluster, read, VOCAB } from "../tests/fakes/cluster.ts";
 
 function random(seed: number): (n: number) => number {
   let x = seed;

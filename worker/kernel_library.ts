@@ -143,9 +143,11 @@ export function loadKernels(options: LoadKernelsOptions = {}): LoadedKernels {
   try {
     symbols = Deno.dlopen(path, SYMBOLS).symbols;
   } catch (cause) {
-    // With a narrow read permission the question itself is refused; then the cause says enough.
-    const missing = existsSync(path) ? "cannot be opened" : "is not there";
-    throw new KernelLibraryError(`the kernel library ${path} ${missing}: run \`deno task build\``, { cause });
+    if (cause instanceof Deno.errors.NotCapable) {
+      throw new KernelLibraryError(`the kernel library ${path} needs the permission --allow-ffi=${path}`, { cause });
+    }
+    const problem = existsSync(path) ? "cannot be opened" : "is not there";
+    throw new KernelLibraryError(`the kernel library ${path} ${problem}: run \`deno task build\``, { cause });
   }
   const version = symbols.lutra_abi_version();
   if (version !== ABI_VERSION) {

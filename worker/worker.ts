@@ -64,8 +64,8 @@ export class Worker {
   #stages: Stage[] = [];
   /** The newest epoch seen; messages of others are dropped. */
   #epoch = 0;
-  /** The epoch whose stages are open. */
-  #loadedEpoch = 0;
+  /** The request whose stages are open; empty when none are. */
+  #loaded = "";
   #results = "";
   #queue: { stage: Stage; item: QueuedStep }[] = [];
   /** The loop over the queue; ends when the queue is empty. */
@@ -171,8 +171,11 @@ export class Worker {
     if (this.#closed) throw new WorkerError(`worker ${this.id} leaves`);
     const { epoch } = request;
     if (epoch < this.#epoch) throw new WorkerError(`epoch ${epoch} is over; worker ${this.id} is in ${this.#epoch}`);
-    if (epoch === this.#loadedEpoch) return; // received twice
+    const content = JSON.stringify(request);
+    if (content === this.#loaded) return; // received twice
+    if (epoch === this.#epoch && this.#loaded !== "") throw new WorkerError(`epoch ${epoch} has other stages already`);
     this.#epoch = epoch;
+    this.#loaded = "";
     this.#results = request.results;
     await this.#fence();
     const spare = this.#stages;
@@ -211,7 +214,7 @@ export class Worker {
       throw error;
     }
     this.#stages = opened;
-    this.#loadedEpoch = epoch;
+    this.#loaded = content;
   }
 
   async #unload(epoch: number): Promise<void> {
@@ -222,7 +225,7 @@ export class Worker {
   async #closeStages(): Promise<void> {
     await this.#fence();
     for (const stage of this.#stages.splice(0)) stage.handle.close();
-    this.#loadedEpoch = 0;
+    this.#loaded = "";
   }
 
   /** Ends all work: no more messages, an empty queue, nothing in the kernel library. */

@@ -21,8 +21,8 @@ import type {
   Shard,
   WireMessage,
 } from "../bus/mod.ts";
-import { fakeContinuation, FakeKernels, fakeShard } from "./fake_kernels.ts";
-import type { FakeKernelsOptions } from "./fake_kernels.ts";
+import { fakeContinuation, FakeKernels, fakeShard } from "../tests/fakes/kernels.ts";
+import type { FakeKernelsOptions } from "../tests/fakes/kernels.ts";
 import { Worker } from "./worker.ts";
 
 const greedy: SampleParameters = {
@@ -302,6 +302,8 @@ Deno.test("Worker: a new epoch keeps an equal shard without its sequences and cl
   assert.equal(t.kernels.shards[1]!.sequences.size, 0);
   assert((await load(2, [other, two])).ok, "received twice");
   assert.equal(t.kernels.shards.length, 3);
+  const rival = await load(2, [one]);
+  assert(!rival.ok && /epoch 2 has other stages already/.test(rival.error));
   const stale = await load(1, [one]);
   assert(!stale.ok && /epoch 1 is over/.test(stale.error));
   assert(!(await t.control({ type: "unload", epoch: 1 })).ok);

@@ -5,10 +5,10 @@
  *
  * @module
  */
-import { decodeBatch, decodeSample, MAX_TOP_LOGPROBS } from "../bus/mod.ts";
-import type { SampleParameters, Shard, ShardStats } from "../bus/mod.ts";
-import { KernelError, KernelErrorCode } from "./errors.ts";
-import type { DeviceInfo, KernelLibrary, ShardHandle } from "./kernels.ts";
+import { decodeBatch, decodeSample, MAX_TOP_LOGPROBS } from "../../bus/mod.ts";
+import type { SampleParameters, Shard, ShardStats } from "../../bus/mod.ts";
+import { KernelError, KernelErrorCode } from "../../worker/errors.ts";
+import type { DeviceInfo, KernelLibrary, ShardHandle } from "../../worker/kernels.ts";
 
 const BLOCK = 32;
 

@@ -1,0 +1,68 @@
+import assert from "node:assert/strict";
+import { fixture } from "../tests/data.ts";
+import { KernelError, KernelErrorCode } from "./errors.ts";
+import { fakeShard } from "../tests/fakes/kernels.ts";
+import { loadKernels } from "./kernel_library.ts";
+
+Deno.test("loadKernels: a missing or foreign library is an error that says what to do", () => {
+  assert.throws(() => loadKernels({ path: "/nowhere/liblutra_kernels.so" }), {
+    name: "KernelLibraryError",
+    message: "the kernel library /nowhere/liblutra_kernels.so is not there: run `deno task build`",
+  });
+  const { pathname } = new URL(import.meta.url);
+  assert.throws(() => loadKernels({ path: pathname }), /cannot be opened: run `deno task build`/);
+});
+
+Deno.test("loadKernels: opens a library once and describes the device", () => {
+  const kernels = loadKernels();
+  assert.equal(loadKernels(), kernels);
+  const { isa, available, cores } = kernels.deviceInfo();
+  assert(available.includes(isa) && available.includes("portable"), `${isa} of ${available}`);
+  assert(cores >= 1);
+});
+
+Deno.test("loadKernels: measures bandwidth", async () => {
+  const bandwidth = await loadKernels().measureBandwidth(1, 8);
+  assert(bandwidth > 0.1 && bandwidth < 10_000, `${bandwidth} GB/s`);
+});
+
+Deno.test("LoadedKernels.unpack: Q8_0 and F32 come back exactly", () => {
+  const kernels = loadKernels();
+  const values = Float32Array.from({ length: 64 }, (_, i) => Math.sin(i));
+  assert.deepEqual(kernels.unpack(0, new Uint8Array(values.buffer), 2, 32), values);
+  const block = new Uint8Array(34);
+  new DataView(block.buffer).setUint16(0, 0x3800, true); // 0.5 as f16
+  for (let i = 0; i < 32; i++) block[2 + i] = i - 16;
+  assert.deepEqual(kernels.unpack(8, block, 1, 32), Float32Array.from({ length: 32 }, (_, i) => (i - 16) / 2));
+  assert.throws(() => kernels.unpack(8, block, 2, 32), KernelError);
+  assert.throws(() => kernels.unpack(999, block, 1, 32), KernelError);
+});
+
+Deno.test("LoadedKernels.matmul: a product of small integers is exact, with any thread count", () => {
+  const kernels = loadKernels();
+  const [rows, cols, n] = [5, 32, 3];
+  const w = Float32Array.from({ length: rows * cols }, (_, i) => (i % 7) - 3);
+  const x = Float32Array.from({ length: n * cols }, (_, i) => (i % 5) - 2);
+  const expected = Float32Array.from({ length: n * rows }, (_, at) => {
+    let sum = 0;
+    for (let k = 0; k < cols; k++) sum += w[(at % rows) * cols + k]! * x[Math.floor(at / rows) * cols + k]!;
+    return sum;
+  });
+  for (const isa of kernels.deviceInfo().available) {
+    for (const threads of [1, 2]) {
+      assert.deepEqual(kernels.matmul(0, new Uint8Array(w.buffer), rows, cols, x, { threads, isa }), expected);
+    }
+  }
+  assert.throws(() => kernels.matmul(0, new Uint8Array(w.buffer), rows, cols, x, { isa: "abacus" }), /abacus/);
+});
+
+Deno.test("openShard: a description that the file does not bear out is refused with a code and the reason", async () => {
+  const kernels = loadKernels();
+  const choices = { threads: 1, isa: null };
+  await assert.rejects(kernels.openShard(fakeShard({ path: "/nowhere.gguf" }), choices), (error: KernelError) => {
+    assert.equal(error.code, KernelErrorCode.io);
+    assert.match(error.message, /nowhere\.gguf/);
+    return true;
+  });
+  await assert.rejects(kernels.openShard(fakeShard({ path: fixture("llama-tiny-f32.gguf") }), choices), KernelError);
+});
