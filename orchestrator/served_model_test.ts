@@ -1,0 +1,41 @@
+import assert from "node:assert/strict";
+import { decodeJson, shardSchema } from "../bus/mod.ts";
+import { fakeModel } from "../tests/fakes/cluster.ts";
+import { modelCost, shardOf } from "./served_model.ts";
+
+const tensor = (name: string, bytes: number) => ({ name, type: 0, shape: [bytes / 4], offset: 64, bytes });
+const fake = fakeModel().description;
+const layer = Object.fromEntries(Object.keys(fake.layers[0]!).map((name) => [name, tensor(name, 100)]));
+const description = {
+  ...fake,
+  hyper: { ...fake.hyper, kvHeads: 2, headDim: 8 },
+  embedding: tensor("embedding", 1000),
+  head: { norm: tensor("norm", 40), output: tensor("output", 2000) },
+  layers: fake.layers.map(() => layer as unknown as (typeof fake.layers)[number]),
+};
+
+Deno.test("modelCost: counts packed weights, KV cache, embedding and head", () => {
+  const near = (a: number, b: number) => assert(Math.abs(a - b) < 1e-6, `${a} ${b}`);
+  const cost = modelCost(description, { type: "f16", tokens: 64 });
+  assert.equal(cost.layers.length, 6);
+  near(cost.layers[0]!.readBytes, 900 * 1.02);
+  near(cost.layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * 8 * 2);
+  near(modelCost(description, { type: "f32", tokens: 64 }).layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * 8 * 4);
+  near(cost.embeddingBytes, 1000 * 1.02);
+  near(cost.head.memoryBytes, 2040 * 1.02);
+});
+
+Deno.test("shardOf: ranges hold their layers, and embedding and head where they belong; all pass the boundary", () => {
+  const settings = { path: "m.gguf", kv: { type: "f16", tokens: 64 }, maxBatch: 8, context: 32 } as const;
+  const shards = [[0, 2], [2, 5], [5, 6], [0, 6]].map(([first, end]) => {
+    const shard = shardOf(description, { first: first!, end: end! }, settings);
+    return decodeJson(shardSchema, new TextEncoder().encode(JSON.stringify(shard)));
+  });
+  assert.deepEqual(shards.map((s) => [s.layers.length, s.embedding !== null, s.head !== null]), [
+    [2, true, false],
+    [3, false, false],
+    [1, false, true],
+    [6, true, true],
+  ]);
+  assert.equal(shards[0]!.hyper.context, 32, "the context served, not the model's");
+});
