@@ -1,0 +1,17 @@
+/**
+ * What a model file says: GGUF, hyper-parameters, tokenizer, chat template.
+ *
+ * {@linkcode loadModel} reads everything but the weights, which the kernels map themselves. Files are hostile until checked;
+ * what comes out is typed. Nothing here knows workers or HTTP.
+ *
+ * @module
+ */
+export * from "./chat_template.ts";
+export * from "./description.ts";
+export * from "./errors.ts";
+export * from "./ggml_types.ts";
+export * from "./gguf.ts";
+export * from "./load.ts";
+export * from "./stop_matcher.ts";
+export * from "./stream_decoder.ts";
+export * from "./tokenizer.ts";

@@ -1,0 +1,67 @@
+import { TokenizerError } from "./errors.ts";
+import { mergePieces } from "./merge.ts";
+import { TokenType, VocabularyTokenizer } from "./tokenizer.ts";
+import type { Vocabulary } from "./tokenizer.ts";
+
+const SPACE = "\u2581";
+const encoder = new TextEncoder();
+
+/**
+ * SentencePiece's BPE as llama.cpp runs it: spaces become `▁`, neighbouring pieces are merged into the vocabulary's token of
+ * highest score, and what is in no token falls back to bytes.
+ */
+export class SpmTokenizer extends VocabularyTokenizer {
+  readonly stripsLeadingSpace: boolean;
+  readonly #rank: ReadonlyMap<string, number>;
+  readonly #bytes: readonly (number | undefined)[];
+
+  constructor(vocabulary: Vocabulary) {
+    super(vocabulary);
+    const { scores, tokens, types, addSpacePrefix } = vocabulary;
+    if (scores === undefined) throw new TokenizerError("tokenizer.ggml.scores is missing");
+    this.stripsLeadingSpace = addSpacePrefix;
+    this.#rank = new Map(
+      [...this.ids].filter(([, id]) => types[id] !== TokenType.control && types[id] !== TokenType.byte)
+        .map(([token, id]) => [token, -scores[id]!]),
+    );
+    const bytes: (number | undefined)[] = new Array(256).fill(undefined);
+    tokens.forEach((token, id) => {
+      const hex = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
+      if (types[id] === TokenType.byte && hex !== undefined) bytes[parseInt(hex, 16)] = id;
+    });
+    this.#bytes = bytes;
+  }
+
+  protected encodeText(text: string, first: boolean): number[] {
+    const prefixed = first && this.vocabulary.addSpacePrefix ? ` ${text}` : text;
+    const pieces = mergePieces([...prefixed.replaceAll(" ", SPACE)], (a, b) => this.#rank.get(a + b));
+    const out: number[] = [];
+    for (const piece of pieces) {
+      const id = this.ids.get(piece);
+      if (id !== undefined) out.push(id);
+      else for (const byte of encoder.encode(piece)) out.push(this.#byteId(byte));
+    }
+    return out;
+  }
+
+  tokenBytes(id: number): Uint8Array {
+    this.check(id);
+    const token = this.vocabulary.tokens[id]!;
+    switch (this.vocabulary.types[id]) {
+      case TokenType.control:
+        return new Uint8Array();
+      case TokenType.byte:
+        return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
+      case TokenType.unknown:
+        return encoder.encode(" \u2047 ".trim());
+      default:
+        return encoder.encode(token.replaceAll(SPACE, " "));
+    }
+  }
+
+  #byteId(byte: number): number {
+    const id = this.#bytes[byte] ?? this.vocabulary.unknownId;
+    if (id === undefined) throw new TokenizerError(`the vocabulary has no token for byte ${byte} and no unknown token`);
+    return id;
+  }
+}
