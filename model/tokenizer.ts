@@ -15,6 +15,12 @@ export interface DecodeOptions {
   skipSpecial?: boolean;
 }
 
+/** Text that comes token by token; see {@linkcode StreamDecoder}. */
+export interface TextStream {
+  push(id: number): string;
+  flush(): string;
+}
+
 /** Between text and token ids. */
 export interface Tokenizer {
   readonly vocabSize: number;
@@ -30,7 +36,7 @@ export interface Tokenizer {
   /** Whether it is a control token, which no text contains. */
   isSpecial(id: number): boolean;
   /** Decodes token by token, complete characters only. */
-  stream(options?: DecodeOptions): StreamDecoder;
+  stream(options?: DecodeOptions): TextStream;
 }
 
 /** Token types of GGUF's `tokenizer.ggml.token_type`. */
