@@ -33,8 +33,6 @@ export interface Tokenizer {
   tokenBytes(id: number): Uint8Array;
   /** The token as the vocabulary writes it. */
   tokenText(id: number): string;
-  /** Whether it is a control token, which no text contains. */
-  isSpecial(id: number): boolean;
   /** Decodes token by token, complete characters only. */
   stream(options?: DecodeOptions): TextStream;
 }
@@ -128,6 +126,7 @@ export abstract class VocabularyTokenizer implements Tokenizer {
     return this.vocabulary.tokens[id]!;
   }
 
+  /** Whether it is a control token, which no text contains. */
   isSpecial(id: number): boolean {
     this.check(id);
     const type = this.vocabulary.types[id];
