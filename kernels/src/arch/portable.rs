@@ -1,0 +1,134 @@
+//! Plain Rust for any machine, written to be read rather than to be fast: the oracle of the other instruction sets.
+
+use super::vector::Vector;
+use crate::dispatch::{Isa, Kernels};
+use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
+use crate::ops::{bf16_to_f32, f16_to_f32, f32_to_f16, float_ops};
+use crate::pack::trits::trit;
+use crate::pack::{bits, int8, trits, Codes, FloatKind, PackedForm, TILE};
+use crate::quantize::{build_tables_portable, quantize_portable};
+
+/// Eight floats in an array.
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes([f32; 8]);
+
+impl Lanes {
+    #[inline(always)]
+    fn map2(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+// No method needs anything of the machine: only the pointers' validity, promised by the caller, is used.
+impl Vector for Lanes {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Lanes([value; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Lanes(std::array::from_fn(|i| *from.add(i)))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        for (i, value) in self.0.into_iter().enumerate() {
+            *to.add(i) = value;
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        Lanes(std::array::from_fn(|i| f16_to_f32(*from.add(i))))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        for (i, value) in self.0.into_iter().enumerate() {
+            *to.add(i) = f32_to_f16(value);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        Lanes(std::array::from_fn(|i| bf16_to_f32(*from.add(i))))
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        self.map2(other, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        self.map2(other, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        self.map2(other, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        self.map2(other, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn fma(self, factor: Self, addend: Self) -> Self {
+        Lanes(std::array::from_fn(|i| self.0[i].mul_add(factor.0[i], addend.0[i])))
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        self.map2(other, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        self.map2(other, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Lanes(self.0.map(f32::round_ties_even))
+    }
+    #[inline(always)]
+    unsafe fn exp2_integer(self) -> Self {
+        Lanes(self.0.map(|n| f32::from_bits((n as i32).wrapping_add(127).wrapping_shl(23) as u32)))
+    }
+}
+
+pub(crate) static KERNELS: Kernels = Kernels {
+    isa: Isa::Portable,
+    tile,
+    wants_tables: |_| false,
+    quantize: quantize_portable,
+    build_tables: build_tables_portable,
+    ops: float_ops!(Lanes),
+    read: |words| words.iter().fold(0, |sum, word| sum ^ word),
+};
+
+/// The kernel for any form, plainly.
+pub(crate) fn tile(form: PackedForm) -> TileKernel {
+    match form.codes {
+        Codes::Float(FloatKind::F32) => float_tile::<Lanes, 0>,
+        Codes::Float(FloatKind::F16) => float_tile::<Lanes, 1>,
+        Codes::Float(FloatKind::Bf16) => float_tile::<Lanes, 2>,
+        Codes::Bits(_) => |args, out| grouped(args, out, bits::code),
+        Codes::Int8 => |args, out| grouped(args, out, |_, group, row, k| int8::code(group, row, k)),
+        Codes::Trits5 => {
+            |args, out| grouped(args, out, |_, group, row, k| trit(trits::byte(group, row, k), trits::digit(k)))
+        }
+    }
+}
+
+/// Rows one after the other, groups in order: `acc = fma(d_w·d_a, Σ (code + offset)·a, acc)`. `code(form, group bytes,
+/// row, k within the group)` reads one weight.
+fn grouped(args: &TileArgs, out: &mut TileOut, code: impl Fn(PackedForm, &[u8], usize, usize) -> i32) {
+    let form = args.form;
+    let size = form.group as usize;
+    let groups = args.k / size;
+    let group_bytes = form.group_tile_bytes();
+    for j in 0..args.count {
+        for row in 0..TILE {
+            let mut acc = 0f32;
+            for g in 0..groups {
+                let group = &args.tile[g * group_bytes..][..group_bytes];
+                let a = &args.codes[(args.first + j) * args.k + g * size..][..size];
+                let sum: i32 = (0..size).map(|k| (code(form, group, row, k) + form.offset as i32) * a[k] as i32).sum();
+                let scale = form.scale_of(group, row) * args.scales[(args.first + j) * groups + g];
+                acc = scale.mul_add(sum as f32, acc);
+            }
+            out[j][row] = acc;
+        }
+    }
+}

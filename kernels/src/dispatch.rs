@@ -1,0 +1,82 @@
+//! Which instruction set runs. `available()` lists every set of kernels this machine can run, `select()` picks one; the
+//! pointers in a set are then called once per operation on a whole slice or tile, never per block.
+
+use crate::arch;
+use crate::error::{Error, Result};
+use crate::matmul::TileKernel;
+use crate::ops::FloatOps;
+use crate::pack::PackedForm;
+use crate::quantize::Table;
+use std::fmt;
+
+/// An instruction set with kernels of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    Portable,
+    Avx2,
+}
+
+impl Isa {
+    /// The name in `LUTRA_ISA`, in descriptors and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The kernels of one instruction set.
+///
+/// The pointers are unsafe functions that may need the instruction set: a `Kernels` outside `arch` is only had from
+/// `available()` or `select()`, which have checked that the machine has it.
+pub struct Kernels {
+    pub isa: Isa,
+    /// The kernel for a tile of this form.
+    pub(crate) tile: fn(PackedForm) -> TileKernel,
+    /// Whether that kernel reads lookup tables (`quantize::Table`).
+    pub(crate) wants_tables: fn(PackedForm) -> bool,
+    /// `quantize::quantize_portable`'s contract.
+    pub(crate) quantize: unsafe fn(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]),
+    /// `quantize::build_tables_portable`'s contract.
+    pub(crate) build_tables: unsafe fn(codes: &[i8], tables: &mut [Table]),
+    pub(crate) ops: FloatOps,
+    /// Reads every byte of the slice at full width; the result only keeps the reads alive.
+    pub(crate) read: unsafe fn(&[u64]) -> u64,
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kernels({})", self.isa)
+    }
+}
+
+/// Every set of kernels that this machine can run, portable first, best last.
+pub fn available() -> Vec<&'static Kernels> {
+    let mut sets: Vec<&'static Kernels> = vec![&arch::portable::KERNELS];
+    #[cfg(target_arch = "x86_64")]
+    sets.extend(arch::x86_64::avx2::kernels());
+    sets
+}
+
+/// The set of this name, or the best one for `None`. The environment variable `LUTRA_ISA` takes the place of `None`.
+pub fn select(name: Option<&str>) -> Result<&'static Kernels> {
+    let sets = available();
+    let fallback = std::env::var("LUTRA_ISA").ok().filter(|value| !value.is_empty());
+    match name.or(fallback.as_deref()) {
+        None => Ok(sets[sets.len() - 1]),
+        Some(name) => sets.iter().copied().find(|set| set.isa.name() == name).ok_or_else(|| {
+            let names: Vec<_> = sets.iter().map(|set| set.isa.name()).collect();
+            Error::unsupported(format!(
+                "instruction set {name:?} is unknown or not usable here; available: {}",
+                names.join(", ")
+            ))
+        }),
+    }
+}

@@ -1,0 +1,38 @@
+//! Lutra's kernels: low-bit matrix products, the other tensor operations, and a layer shard's forward pass.
+//!
+//! Knows tensors and the model file it maps; knows no network, no clients and no JSON but a shard's descriptor.
+//! Weights come from a mapped file, are repacked once (`pack`), and stay here; activations and tokens come in and go out
+//! through the C ABI (`ffi`), one call per micro-batch.
+//!
+//! Layers, lowest first: `arch` (vectors and tile kernels of each instruction set) → `dispatch` (which set runs) →
+//! `ops`, `quantize`, `matmul` (operations on slices) → `attention`, `kv`, `sampling`, `shard` → `ffi`.
+//!
+//! Results are the same bits on every instruction set and thread count: integer sums are exact, and every float
+//! reduction has one order, defined where the operation is.
+
+#![warn(clippy::undocumented_unsafe_blocks)]
+
+mod arch;
+pub mod bandwidth;
+pub mod dispatch;
+pub mod error;
+pub mod matmul;
+pub mod ops;
+pub mod pack;
+pub mod pool;
+pub mod quantize;
+
+pub mod attention;
+pub mod batch;
+pub mod descriptor;
+pub mod ffi;
+pub mod kv;
+pub mod mapping;
+pub mod sampling;
+pub mod shard;
+
+pub use dispatch::{available, select, Isa, Kernels};
+pub use error::{Error, Result};
+pub use matmul::{matmul, Activations};
+pub use pack::{dequantize, pack, PackedForm, PackedMatrix, SourceType};
+pub use pool::Pool;

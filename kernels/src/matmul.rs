@@ -1,0 +1,253 @@
+//! Matrix products `y = x·Wᵀ`: prepared activations × packed weights, tile by tile over the pool.
+//!
+//! Low-bit weights: activations are int8 per group, the product of a group is an exact integer, and groups are added in
+//! order, `acc = fma(d_w·d_a, isum, acc)`. Float weights: f32 activations, four accumulators per row over k mod 4, each
+//! by fma in order, combined as (a0 + a1) + (a2 + a3).
+
+use crate::arch::vector::Vector;
+use crate::dispatch::Kernels;
+use crate::pack::{Codes, PackedForm, PackedMatrix, FLOAT_TILE, TILE};
+use crate::pool::Pool;
+use crate::quantize::Table;
+
+/// Activation rows that a tile kernel takes at once.
+pub(crate) const BATCH: usize = 4;
+
+/// What a tile kernel reads. `codes`, `scales` and `tables` are of the form's `act_group`, row-major, and hold at least
+/// `first + count` rows of `k` (their lengths are checked in `matmul`).
+#[derive(Clone, Copy)]
+pub(crate) struct TileArgs<'a> {
+    pub form: PackedForm,
+    pub tile: &'a [u8],
+    pub k: usize,
+    pub first: usize,
+    /// 1 ..= BATCH.
+    pub count: usize,
+    pub x: &'a [f32],
+    pub codes: &'a [i8],
+    pub scales: &'a [f32],
+    pub sums: &'a [i32],
+    pub tables: &'a [Table],
+}
+
+/// `out[j][row]`, for activation row `first + j`; float tiles fill the first `FLOAT_TILE`.
+pub(crate) type TileOut = [[f32; TILE]; BATCH];
+
+/// Multiplies one tile with `count` rows of activations.
+///
+/// # Safety
+///
+/// The machine has the instruction set of the kernel's set, the kernel is the one for `args.form`, and the slices are as
+/// long as `TileArgs` says.
+pub(crate) type TileKernel = unsafe fn(args: &TileArgs, out: &mut TileOut);
+
+/// Activations of one int8 group size.
+struct Quantized {
+    group: usize,
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+    tables: Vec<Table>,
+    /// What of it belongs to the current activations.
+    current: bool,
+    has_tables: bool,
+}
+
+/// Activations made ready for products: a reusable scratch.
+#[derive(Default)]
+pub struct Activations {
+    n: usize,
+    k: usize,
+    has_floats: bool,
+    x: Vec<f32>,
+    quantized: Vec<Quantized>,
+}
+
+/// A pointer that threads write through, each to places of its own.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+// SAFETY: only moves the address; every use argues why its places are disjoint.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// # Safety
+    ///
+    /// `start .. start + len` lies within the slice that the pointer was made of, which is still borrowed mutably, and no
+    /// other part of the job touches it.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
+        std::slice::from_raw_parts_mut(self.0.add(start), len)
+    }
+}
+
+impl Activations {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Prepares `x` (n × k, row-major) for products with weights of `forms`; several matrices share one call. `k` must be
+    /// whole groups of every form.
+    pub fn prepare(&mut self, ks: &Kernels, x: &[f32], n: usize, k: usize, forms: &[PackedForm], pool: &Pool) {
+        assert!(n > 0 && k > 0 && n.checked_mul(k) == Some(x.len()), "prepare: {n} × {k} is not {}", x.len());
+        (self.n, self.k) = (n, k);
+        self.has_floats = forms.iter().any(|form| form.act_group == 0);
+        if self.has_floats {
+            self.x.clear();
+            self.x.extend_from_slice(x);
+        }
+        self.quantized.iter_mut().for_each(|q| q.current = false);
+        for form in forms.iter().filter(|form| form.act_group != 0) {
+            let group = form.act_group as usize;
+            assert!(k % group == 0, "prepare: rows of {k} are not groups of {group}");
+            let tables = (ks.wants_tables)(*form);
+            let at = self.quantized.iter().position(|q| q.group == group).unwrap_or_else(|| {
+                self.quantized.push(Quantized::new(group));
+                self.quantized.len() - 1
+            });
+            self.quantized[at].prepare(ks, x, n, k, tables, pool);
+        }
+    }
+}
+
+impl Quantized {
+    fn new(group: usize) -> Self {
+        Quantized {
+            group,
+            codes: Vec::new(),
+            scales: Vec::new(),
+            sums: Vec::new(),
+            tables: Vec::new(),
+            current: false,
+            has_tables: false,
+        }
+    }
+
+    fn prepare(&mut self, ks: &Kernels, x: &[f32], n: usize, k: usize, tables: bool, pool: &Pool) {
+        let (quantize, build) = (!self.current, tables && !(self.current && self.has_tables));
+        self.has_tables = tables || self.current && self.has_tables;
+        self.current = true;
+        if !quantize && !build {
+            return;
+        }
+        let (group, groups) = (self.group, k / self.group);
+        self.codes.resize(n * k, 0);
+        self.scales.resize(n * groups, 0.0);
+        self.sums.resize(n * groups, 0);
+        if build {
+            self.tables.resize(n * (k / 4), Table::ZERO);
+        }
+        let codes = Shared(self.codes.as_mut_ptr());
+        let scales = Shared(self.scales.as_mut_ptr());
+        let sums = Shared(self.sums.as_mut_ptr());
+        let table = Shared(self.tables.as_mut_ptr());
+        pool.run(n, &|i| {
+            // SAFETY: part i takes row i of each, within the lengths just set. `ks` is usable here (see `Kernels`), and
+            // the slices are of the lengths its functions ask for: k is whole groups, and groups are multiples of 4.
+            unsafe {
+                let codes = codes.slice(i * k, k);
+                if quantize {
+                    let (scales, sums) = (scales.slice(i * groups, groups), sums.slice(i * groups, groups));
+                    (ks.quantize)(&x[i * k..][..k], group, codes, scales, sums);
+                }
+                if build {
+                    (ks.build_tables)(codes, table.slice(i * (k / 4), k / 4));
+                }
+            }
+        });
+    }
+}
+
+/// `y[i·y_stride + row] = Σ_k w[row, k]·x[i, k]` for every row of `act` and of `w`; `y_stride ≥ w.rows`.
+///
+/// Panics if `act` was not prepared for `w`'s form and columns by the same kernels, or if `y` is too short.
+pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], y_stride: usize, pool: &Pool) {
+    let (form, n, k) = (w.form, act.n, act.k);
+    assert!(n > 0 && k == w.cols, "matmul: activations of {k} for {w:?}");
+    let needed = (n - 1).checked_mul(y_stride).and_then(|before| before.checked_add(w.rows));
+    assert!(y_stride >= w.rows && needed.is_some_and(|needed| needed <= y.len()), "matmul: output is too short");
+    let mut args =
+        TileArgs { form, tile: &[], k, first: 0, count: 0, x: &[], codes: &[], scales: &[], sums: &[], tables: &[] };
+    if form.act_group == 0 {
+        assert!(act.has_floats, "matmul: activations were not prepared for {form:?}");
+        args.x = &act.x[..n * k];
+    } else {
+        let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group as usize);
+        let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
+        let groups = k / prepared.group;
+        args.codes = &prepared.codes[..n * k];
+        args.scales = &prepared.scales[..n * groups];
+        args.sums = &prepared.sums[..n * groups];
+        if (ks.wants_tables)(form) {
+            assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
+            args.tables = &prepared.tables[..n * (k / 4)];
+        }
+    }
+    let kernel = (ks.tile)(form);
+    let tile_rows = form.tile_rows();
+    let y = Shared(y.as_mut_ptr());
+    pool.run(w.tiles(), &|index| {
+        let row = index * tile_rows;
+        let rows = tile_rows.min(w.rows - row);
+        let mut args = TileArgs { tile: w.tile(index), ..args };
+        let mut out: TileOut = [[0.0; TILE]; BATCH];
+        // A tile meets all activations while it is in cache.
+        for first in (0..n).step_by(BATCH) {
+            args.first = first;
+            args.count = BATCH.min(n - first);
+            // SAFETY: `ks` is usable on this machine and `kernel` is its kernel for the form; the slices were cut above.
+            unsafe { kernel(&args, &mut out) };
+            for (j, sums) in out.iter().enumerate().take(args.count) {
+                // SAFETY: within `y` by the check on entry; rows of this tile are written by this part alone.
+                unsafe { y.slice((first + j) * y_stride + row, rows) }.copy_from_slice(&sums[..rows]);
+            }
+        }
+    });
+}
+
+/// Float tiles over any vector; KIND 0, 1, 2 = F32, F16, BF16.
+///
+/// # Safety
+///
+/// `TileKernel`'s, and the machine has `V`'s instruction set.
+#[inline(always)]
+pub(crate) unsafe fn float_tile<V: Vector, const KIND: u8>(args: &TileArgs, out: &mut TileOut) {
+    debug_assert!(matches!(args.form.codes, Codes::Float(_)));
+    let size = if KIND == 0 { 4 } else { 2 };
+    let k = args.k;
+    assert!(args.tile.len() == k * FLOAT_TILE * size && args.x.len() >= (args.first + args.count) * k);
+    // Eight weights of column `column`: half 0 or 1 of the tile's 16 rows. In bounds by the assertion.
+    let weights = |column: usize, half: usize| unsafe {
+        let at = args.tile.as_ptr().add((column * FLOAT_TILE + half * 8) * size);
+        match KIND {
+            0 => V::load(at.cast()),
+            1 => V::load_f16(at.cast()),
+            _ => V::load_bf16(at.cast()),
+        }
+    };
+    for (j, out) in out.iter_mut().enumerate().take(args.count) {
+        let x = &args.x[(args.first + j) * k..][..k];
+        let mut acc = [[V::zero(); 2]; 4];
+        let fours = x.chunks_exact(4);
+        let rest = fours.remainder();
+        for (i, four) in fours.enumerate() {
+            for lane in 0..4 {
+                let value = V::splat(four[lane]);
+                for half in 0..2 {
+                    acc[lane][half] = weights(4 * i + lane, half).fma(value, acc[lane][half]);
+                }
+            }
+        }
+        for (lane, &value) in rest.iter().enumerate() {
+            for half in 0..2 {
+                acc[lane][half] = weights(k - rest.len() + lane, half).fma(V::splat(value), acc[lane][half]);
+            }
+        }
+        for half in 0..2 {
+            let sum = acc[0][half].add(acc[1][half]).add(acc[2][half].add(acc[3][half]));
+            sum.store(out.as_mut_ptr().add(8 * half));
+        }
+    }
+}

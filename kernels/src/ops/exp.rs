@@ -1,0 +1,41 @@
+//! The exponential and what is made of it. No library function: those differ between systems.
+
+use super::{load_or_zeros, store_within};
+use crate::arch::vector::Vector;
+
+/// e^x. With n = round(x / ln 2) and r = x − n·ln 2 in two parts, |r| ≤ 0.3466, a polynomial of degree 6 (relative error below
+/// 2^−26) gives e^r; 2^n is multiplied in two exact halves, which lets the result overflow to infinity and underflow through
+/// subnormals to 0 where it should.
+#[inline(always)]
+pub(super) unsafe fn exp_lanes<V: Vector>(x: V) -> V {
+    // Beyond these the result is 0 or infinite already. Written so that NaN passes: `max` and `min` give the second.
+    let x = V::splat(-105.0).max(x);
+    let x = V::splat(90.0).min(x);
+    let n = x.mul(V::splat(std::f32::consts::LOG2_E)).round();
+    // ln 2 in two parts; the first has few enough bits that n times it is exact.
+    let r = n.fma(V::splat(-0.693_359_4), x);
+    let r = n.fma(V::splat(2.121_944_4e-4), r);
+    let mut p = V::splat(1.0 / 720.0);
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = p.fma(r, V::splat(c));
+    }
+    let half = n.mul(V::splat(0.5)).round();
+    p.mul(half.exp2_integer()).mul(n.sub(half).exp2_integer())
+}
+
+#[inline(always)]
+pub(crate) unsafe fn exp<V: Vector>(x: &mut [f32], shift: f32) {
+    for i in (0..x.len()).step_by(8) {
+        store_within(exp_lanes(load_or_zeros::<V>(x, i).sub(V::splat(shift))), x, i);
+    }
+}
+
+#[inline(always)]
+pub(crate) unsafe fn silu_mul<V: Vector>(gate: &mut [f32], up: &[f32]) {
+    let one = V::splat(1.0);
+    for i in (0..gate.len()).step_by(8) {
+        let g = load_or_zeros::<V>(gate, i);
+        let silu = g.div(one.add(exp_lanes(V::zero().sub(g))));
+        store_within(silu.mul(load_or_zeros(up, i)), gate, i);
+    }
+}

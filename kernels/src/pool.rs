@@ -1,0 +1,215 @@
+//! A pool of threads for one shard: jobs are short (tens of microseconds) and follow each other closely, so threads spin
+//! for a moment before they sleep.
+//!
+//! Work is divided statically: thread `t` of `T` takes parts `parts·t/T .. parts·(t+1)/T`, so that a thread meets the same
+//! tiles of a matrix every time, as one contiguous stream.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// How long an idle thread looks for the next job before it sleeps, when every thread can have a core.
+const SPIN: Duration = Duration::from_micros(80);
+/// The same when there are more threads than cores, and spinning would only take the core from whoever has work.
+const SPIN_CROWDED: Duration = Duration::from_micros(2);
+
+thread_local! {
+    /// Set while this thread works on a part; a nested `run` then runs inline instead of waiting for itself.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+type Function<'a> = &'a (dyn Fn(usize) + Sync);
+
+#[derive(Clone)]
+struct Job {
+    function: Function<'static>,
+    parts: usize,
+    caller: Thread,
+}
+
+struct Shared {
+    threads: usize,
+    spin: Duration,
+    /// Number of jobs published; a worker runs once for every step.
+    generation: AtomicUsize,
+    /// Written by the caller before `generation` rises, read by workers after it did, and not touched again before
+    /// `pending` has come back to 0.
+    job: UnsafeCell<Option<Job>>,
+    /// Workers that have not finished the current job.
+    pending: AtomicUsize,
+    /// The caller sleeps (or is about to) until `pending` is 0.
+    caller_sleeps: AtomicBool,
+    /// Worker `t + 1` sleeps (or is about to).
+    asleep: Vec<AtomicBool>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    stop: AtomicBool,
+}
+
+// SAFETY: `job` is the only field that is not Sync by itself; the protocol on `generation` and `pending` described there
+// orders every access to it.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the function reference inside a job is Sync, hence may be sent.
+unsafe impl Send for Shared {}
+
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// One job at a time.
+    turn: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool of `threads` (at least 1), the calling thread counted: `threads − 1` are started. If the system refuses to
+    /// start one, the pool has fewer.
+    pub fn new(threads: usize) -> Pool {
+        let wanted = threads.max(1);
+        let cores = thread::available_parallelism().map_or(1, |n| n.get());
+        // Threads wait for the final count before they start: it is in the shared state that they get.
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (1..wanted).map(|_| std::sync::mpsc::sync_channel::<Arc<Shared>>(1)).unzip();
+        let mut workers = Vec::new();
+        for (index, receiver) in receivers.into_iter().enumerate() {
+            let body = move || {
+                if let Ok(shared) = receiver.recv() {
+                    work(&shared, index + 1);
+                }
+            };
+            match thread::Builder::new().name(format!("lutra-{}", index + 1)).spawn(body) {
+                Ok(worker) => workers.push(worker),
+                Err(_) => break,
+            }
+        }
+        let shared = Arc::new(Shared {
+            threads: workers.len() + 1,
+            spin: if wanted > cores { SPIN_CROWDED } else { SPIN },
+            generation: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            pending: AtomicUsize::new(0),
+            caller_sleeps: AtomicBool::new(false),
+            asleep: workers.iter().map(|_| AtomicBool::new(false)).collect(),
+            panic: Mutex::new(None),
+            stop: AtomicBool::new(false),
+        });
+        for sender in senders.iter().take(workers.len()) {
+            let _ = sender.send(shared.clone());
+        }
+        Pool { shared, workers, turn: Mutex::new(()) }
+    }
+
+    /// Threads that work on a job, the caller included.
+    pub fn threads(&self) -> usize {
+        self.shared.threads
+    }
+
+    /// Calls `f(part)` once for every `part < parts` and returns when all calls have. A panic in `f` ends the parts of its
+    /// thread, and is raised here again after the other threads have finished theirs.
+    pub fn run(&self, parts: usize, f: &(dyn Fn(usize) + Sync)) {
+        if self.workers.is_empty() || parts <= 1 || INSIDE.get() {
+            (0..parts).for_each(f);
+            return;
+        }
+        let _turn = lock(&self.turn);
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. Workers use the reference only between the rise of `generation` and their
+        // decrement of `pending`, and this function does not return, nor unwind, before `pending` is 0.
+        let function = unsafe { std::mem::transmute::<Function<'_>, Function<'static>>(f) };
+        // SAFETY: no worker reads the job now: `pending` is 0, and all wait for `generation` to rise. `turn` excludes
+        // other callers.
+        unsafe { *shared.job.get() = Some(Job { function, parts, caller: thread::current() }) };
+        shared.pending.store(self.workers.len(), Relaxed);
+        shared.generation.fetch_add(1, SeqCst);
+        for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
+            if asleep.swap(false, SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        let own = share(shared, function, parts, 0);
+        wait(shared.spin, || shared.pending.load(Acquire) == 0, &shared.caller_sleeps);
+        let theirs = lock(&shared.panic).take();
+        if let Some(panic) = own.err().or(theirs) {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            let _ = worker.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Thread `index`'s share of a job.
+fn share(shared: &Shared, function: Function<'_>, parts: usize, index: usize) -> thread::Result<()> {
+    let edge = |t: usize| (parts as u128 * t as u128 / shared.threads as u128) as usize;
+    INSIDE.set(true);
+    let result = catch_unwind(AssertUnwindSafe(|| (edge(index)..edge(index + 1)).for_each(function)));
+    INSIDE.set(false);
+    result
+}
+
+/// Waits until `done()`, spinning for `spin` and then asleep. Whoever makes `done` true must afterwards swap `sleeps` to
+/// false and unpark this thread if it was true. A stray unpark does no harm.
+fn wait(spin: Duration, done: impl Fn() -> bool, sleeps: &AtomicBool) {
+    let mut start = None;
+    loop {
+        for _ in 0..64 {
+            if done() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        if start.get_or_insert_with(Instant::now).elapsed() > spin {
+            break;
+        }
+    }
+    loop {
+        // Sequentially consistent against the other side's "make done true, then swap sleeps": at least one of the two
+        // sees the other, so that no wake-up is lost.
+        sleeps.store(true, SeqCst);
+        std::sync::atomic::fence(SeqCst);
+        if done() {
+            sleeps.store(false, SeqCst);
+            return;
+        }
+        thread::park();
+    }
+}
+
+fn work(shared: &Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        wait(
+            shared.spin,
+            || shared.generation.load(SeqCst) != seen || shared.stop.load(SeqCst),
+            &shared.asleep[index - 1],
+        );
+        if shared.generation.load(SeqCst) == seen {
+            return; // stop
+        }
+        seen = seen.wrapping_add(1);
+        // SAFETY: `generation` has risen for this job and this worker has not yet decremented `pending`, so the caller
+        // does not write.
+        let job = unsafe { (*shared.job.get()).clone() };
+        if let Some(Job { function, parts, caller }) = job {
+            if let Err(panic) = share(shared, function, parts, index) {
+                lock(&shared.panic).get_or_insert(panic);
+            }
+            // The caller may return and drop `f` from here on; the Thread handle is this worker's own.
+            if shared.pending.fetch_sub(1, SeqCst) == 1 && shared.caller_sleeps.swap(false, SeqCst) {
+                caller.unpark();
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Activations to int8, and the lookup tables made of them.
+//!
+//! A group of activations becomes `a ≈ d·q`: d = max|a|/127 in f32, q = a·(127/max|a|) rounded half to even, so |q| ≤ 127.
+//! Two kinds of groups have q = 0 throughout: those with a NaN or an infinity, whose d is NaN so that the product shows it,
+//! and those below `SMALLEST`, whose d is 0.
+
+/// Groups whose largest magnitude is below this count as zero: 127/max|a| would come near the end of f32's range.
+pub const SMALLEST: f32 = 1e-30;
+
+/// All 16 subset sums of four neighbouring int8 activations: entry i is the sum of those whose bit is set in i, in
+/// −508..=508, as `256·high + low`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(32))]
+pub(crate) struct Table {
+    pub low: [u8; 16],
+    pub high: [i8; 16],
+}
+
+impl Table {
+    pub const ZERO: Table = Table { low: [0; 16], high: [0; 16] };
+}
+
+/// (scale d, factor 127/max|a|) of a group, from the bits of its largest magnitude. The bits of magnitudes order like the
+/// magnitudes, with infinity and NaN on top.
+#[inline(always)]
+pub(crate) fn group_scale(largest_bits: u32) -> (f32, f32) {
+    let largest = f32::from_bits(largest_bits);
+    if !largest.is_finite() {
+        (f32::NAN, 0.0)
+    } else if largest < SMALLEST {
+        (0.0, 0.0)
+    } else {
+        (largest / 127.0, 127.0 / largest)
+    }
+}
+
+/// Quantises `x` in groups: `codes` as long as `x`, `scales` and `sums` (Σ q) one per group.
+pub(crate) fn quantize_portable(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+    let outputs = codes.chunks_exact_mut(group).zip(scales).zip(sums);
+    for (x, ((codes, scale), sum)) in x.chunks_exact(group).zip(outputs) {
+        let largest = x.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        let factor;
+        (*scale, factor) = group_scale(largest);
+        for (code, v) in codes.iter_mut().zip(x) {
+            // NaN (0 · infinity) becomes 0 by the rules of `as`.
+            *code = if factor == 0.0 { 0 } else { (v * factor).round_ties_even().clamp(-127.0, 127.0) as i8 };
+        }
+        *sum = codes.iter().map(|&q| q as i32).sum();
+    }
+}
+
+/// One table per four codes.
+pub(crate) fn build_tables_portable(codes: &[i8], tables: &mut [Table]) {
+    for (four, table) in codes.chunks_exact(4).zip(tables) {
+        for i in 0..16 {
+            let sum: i16 = (0..4).filter(|bit| i >> bit & 1 == 1).map(|bit| four[bit] as i16).sum();
+            table.low[i] = sum as u8;
+            table.high[i] = (sum >> 8) as i8;
+        }
+    }
+}
