@@ -1,1 +1,360 @@
+//! The C ABI: the only exported symbols.
+//!
+//! Every function returns a count ≥ 0 or a negative code (`Error`), and in that case writes to `err` a `u32` length and
+//! so many bytes of UTF-8 text. Buffers belong to the caller and are used during the call only; null is fine where the
+//! length is 0. No panic leaves a function. Shards are known by handles that are never reused while the process lives.
 
+use crate::descriptor::Descriptor;
+use crate::dispatch::{available, select};
+use crate::error::{Error, Result};
+use crate::matmul::{matmul, Activations};
+use crate::pack::{pack, SourceType};
+use crate::pool::Pool;
+use crate::shard::Shard;
+use std::collections::HashMap;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::AtomicI32;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Version of this interface.
+pub const ABI_VERSION: i32 = 1;
+
+struct Shards {
+    open: HashMap<u32, Arc<Shard>>,
+    next: u32,
+}
+
+static SHARDS: Mutex<Option<Shards>> = Mutex::new(None);
+
+fn with_shards<T>(f: impl FnOnce(&mut Shards) -> T) -> T {
+    let mut guard = SHARDS.lock().unwrap_or_else(PoisonError::into_inner);
+    f(guard.get_or_insert_with(|| Shards { open: HashMap::new(), next: 1 }))
+}
+
+/// The shard; it stays alive until the last call on it ends, closed or not.
+fn shard(handle: u32) -> Result<Arc<Shard>> {
+    with_shards(|s| s.open.get(&handle).cloned())
+        .ok_or_else(|| Error::new(Error::BAD_HANDLE, format!("no shard has handle {handle}")))
+}
+
+/// Runs `f`, and turns its error or panic into a code and a text.
+fn guard(err: *mut u8, err_len: usize, f: impl FnOnce() -> Result<i32>) -> i32 {
+    let outcome = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<&str>()
+            .map(|s| (*s).to_string())
+            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "unknown".to_string());
+        Err(Error::new(Error::PANIC, format!("the kernel library panicked, which is a bug: {text}")))
+    });
+    match outcome {
+        Ok(value) => value,
+        Err(error) => {
+            if !err.is_null() && err_len >= 4 {
+                let text = error.message.as_bytes();
+                let mut n = text.len().min(err_len - 4).min(u32::MAX as usize);
+                while !error.message.is_char_boundary(n) {
+                    n -= 1;
+                }
+                // SAFETY: the caller vouches for err_len bytes at err, and 4 + n ≤ err_len.
+                unsafe {
+                    core::ptr::copy_nonoverlapping((n as u32).to_le_bytes().as_ptr(), err, 4);
+                    core::ptr::copy_nonoverlapping(text.as_ptr(), err.add(4), n);
+                }
+            }
+            error.code.min(-1)
+        }
+    }
+}
+
+/// # Safety
+/// `p` is valid for `len` bytes, or null.
+unsafe fn input<'a>(p: *const u8, len: usize, what: &str) -> Result<&'a [u8]> {
+    if len == 0 {
+        return Ok(&[]);
+    }
+    if p.is_null() || len > isize::MAX as usize {
+        return Err(Error::argument(format!("{what} is null or too long")));
+    }
+    // SAFETY: the caller's.
+    Ok(unsafe { core::slice::from_raw_parts(p, len) })
+}
+
+/// Copies `bytes` to a caller's buffer.
+///
+/// # Safety
+/// `p` is valid for `len` bytes, or null.
+unsafe fn output(p: *mut u8, len: usize, bytes: &[u8], what: &str) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    if p.is_null() || len < bytes.len() {
+        return Err(Error::argument(format!("{what} has {len} bytes; {} are needed", bytes.len())));
+    }
+    // SAFETY: the caller's, and the length was checked.
+    unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), p, bytes.len()) };
+    Ok(())
+}
+
+fn count(n: usize) -> Result<i32> {
+    i32::try_from(n).map_err(|_| Error::argument("the result is too long"))
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn bytes_of(floats: &[f32]) -> Vec<u8> {
+    floats.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+#[no_mangle]
+pub extern "C" fn lutra_abi_version() -> i32 {
+    ABI_VERSION
+}
+
+/// JSON of the device: instruction sets and cores.
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_device_info(out: *mut u8, out_len: usize, err: *mut u8, err_len: usize) -> i32 {
+    guard(err, err_len, || {
+        let names: Vec<&str> = available().iter().map(|ks| ks.isa.name()).collect();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let json =
+            serde_json::json!({ "isa": select(None)?.isa.name(), "available": names, "cores": cores }).to_string();
+        // SAFETY: the caller's.
+        unsafe { output(out, out_len, json.as_bytes(), "out")? };
+        count(json.len())
+    })
+}
+
+/// Memory read bandwidth in GB/s as an f64.
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_measure_bandwidth(
+    threads: u32,
+    mebibytes: u32,
+    out: *mut u8,
+    out_len: usize,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        if !(1..=1024).contains(&threads) || !(1..=65536).contains(&mebibytes) {
+            return Err(Error::argument("threads must be 1 to 1024 and mebibytes 1 to 65536"));
+        }
+        let pool = Pool::new(threads as usize);
+        let rate = crate::bandwidth::measure_read_bandwidth(select(None)?, &pool, (mebibytes as usize) << 20)?;
+        // SAFETY: the caller's.
+        unsafe { output(out, out_len, &rate.to_le_bytes(), "out")? };
+        Ok(0)
+    })
+}
+
+/// Opens a shard and writes its handle.
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_shard_open(
+    descriptor: *const u8,
+    descriptor_len: usize,
+    handle: *mut u8,
+    handle_len: usize,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        // SAFETY: the caller's.
+        let json = unsafe { input(descriptor, descriptor_len, "descriptor")? };
+        if handle.is_null() || handle_len < 4 {
+            return Err(Error::argument("handle needs 4 bytes"));
+        }
+        let shard = Arc::new(Shard::open(&Descriptor::parse(json)?)?);
+        let number = with_shards(|s| {
+            let number = s.next;
+            s.next = s.next.checked_add(1)?;
+            s.open.insert(number, shard);
+            Some(number)
+        })
+        .ok_or_else(|| Error::new(Error::EXHAUSTED, "all handles are used up"))?;
+        // SAFETY: the caller's.
+        unsafe { output(handle, handle_len, &number.to_le_bytes(), "handle")? };
+        Ok(0)
+    })
+}
+
+/// Computes a micro-batch. `stop` may become non-zero meanwhile: then the call ends before the next layer.
+///
+/// # Safety
+/// Each pointer is valid for its length; `stop` is aligned for an i32.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_shard_forward(
+    handle: u32,
+    batch: *const u8,
+    batch_len: usize,
+    input_states: *const u8,
+    input_len: usize,
+    stop: *const u8,
+    stop_len: usize,
+    out: *mut u8,
+    out_len: usize,
+    written: *mut u8,
+    written_len: usize,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        // SAFETY: the caller's.
+        let (batch, states) = unsafe { (input(batch, batch_len, "batch")?, input(input_states, input_len, "input")?) };
+        let stop = if stop.is_null() || stop_len < 4 {
+            None
+        } else if stop.align_offset(4) != 0 {
+            return Err(Error::argument("stop is not aligned"));
+        } else {
+            // SAFETY: valid for 4 bytes and aligned; others access it atomically.
+            Some(unsafe { &*stop.cast::<AtomicI32>() })
+        };
+        let result = shard(handle)?.forward(batch, states, stop)?;
+        // SAFETY: the caller's.
+        unsafe {
+            output(out, out_len, &result, "output")?;
+            output(written, written_len, &(count(result.len())? as u32).to_le_bytes(), "written")?;
+        }
+        Ok(0)
+    })
+}
+
+/// Forgets positions of a sequence from `length` on; 0 frees it.
+///
+/// # Safety
+/// `err` is valid for `err_len` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_shard_truncate(handle: u32, seq: u32, length: u32, err: *mut u8, err_len: usize) -> i32 {
+    guard(err, err_len, || {
+        shard(handle)?.truncate(seq, length as usize);
+        Ok(0)
+    })
+}
+
+/// JSON of what the shard holds.
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_shard_stats(
+    handle: u32,
+    out: *mut u8,
+    out_len: usize,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        let json = serde_json::to_string(&shard(handle)?.stats()).map_err(|e| Error::argument(e.to_string()))?;
+        // SAFETY: the caller's.
+        unsafe { output(out, out_len, json.as_bytes(), "out")? };
+        count(json.len())
+    })
+}
+
+/// Closes a shard; a call in flight on it ends first.
+///
+/// # Safety
+/// `err` is valid for `err_len` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_shard_close(handle: u32, err: *mut u8, err_len: usize) -> i32 {
+    guard(err, err_len, || {
+        // Dropped outside the lock: unmapping takes a while.
+        let closed = with_shards(|s| s.open.remove(&handle));
+        closed.map(|_| 0).ok_or_else(|| Error::new(Error::BAD_HANDLE, format!("no shard has handle {handle}")))
+    })
+}
+
+fn matrix(kind: u32, src: &[u8], rows: u32, cols: u32, pool: &Pool) -> Result<crate::pack::PackedMatrix> {
+    let ty = SourceType::from_ggml(kind)?;
+    let (rows, cols) = (rows as usize, cols as usize);
+    if rows == 0 || cols == 0 || ty.row_bytes(cols)?.checked_mul(rows) != Some(src.len()) {
+        return Err(Error::argument(format!("{} bytes are no matrix of {rows} × {cols}", src.len())));
+    }
+    pack(ty, src, rows, cols, pool)
+}
+
+/// Packs a matrix and unpacks it, for tests.
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_unpack(
+    kind: u32,
+    src: *const u8,
+    src_len: usize,
+    out: *mut u8,
+    out_len: usize,
+    rows: u32,
+    cols: u32,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        // SAFETY: the caller's.
+        let packed = matrix(kind, unsafe { input(src, src_len, "src")? }, rows, cols, &Pool::new(1))?;
+        let mut values = vec![0.0; rows as usize * cols as usize];
+        for (i, row) in values.chunks_exact_mut(cols as usize).enumerate() {
+            packed.unpack_row(i, row);
+        }
+        // SAFETY: the caller's.
+        unsafe { output(out, out_len, &bytes_of(&values), "out")? };
+        Ok(0)
+    })
+}
+
+/// `y[n × rows] = x[n × cols] · Wᵀ`, for tests and benchmarks.
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_matmul(
+    kind: u32,
+    src: *const u8,
+    src_len: usize,
+    rows: u32,
+    cols: u32,
+    x: *const u8,
+    x_len: usize,
+    n: u32,
+    y: *mut u8,
+    y_len: usize,
+    threads: u32,
+    isa: *const u8,
+    isa_len: usize,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        // SAFETY: the caller's.
+        let (src, x, isa) =
+            unsafe { (input(src, src_len, "src")?, input(x, x_len, "x")?, input(isa, isa_len, "isa")?) };
+        if !(1..=1024).contains(&threads) {
+            return Err(Error::argument("threads must be 1 to 1024"));
+        }
+        let isa = core::str::from_utf8(isa).map_err(|_| Error::argument("isa is no UTF-8"))?;
+        let ks = select((!isa.is_empty()).then_some(isa))?;
+        let pool = Pool::new(threads as usize);
+        let w = matrix(kind, src, rows, cols, &pool)?;
+        let (n, rows, cols) = (n as usize, rows as usize, cols as usize);
+        if n.checked_mul(cols).and_then(|f| f.checked_mul(4)) != Some(x.len()) {
+            return Err(Error::argument(format!("x has {} bytes, not {n} × {cols} floats", x.len())));
+        }
+        let mut act = Activations::new();
+        act.prepare(ks, &floats(x), n, cols, &[w.form], &pool);
+        let mut result = vec![0.0; n * rows];
+        matmul(ks, &w, &act, &mut result, rows, &pool);
+        // SAFETY: the caller's.
+        unsafe { output(y, y_len, &bytes_of(&result), "y")? };
+        Ok(0)
+    })
+}

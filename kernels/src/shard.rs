@@ -1,1 +1,426 @@
+//! A contiguous range of a model's layers: packed weights, KV cache and the forward pass.
 
+use crate::attention::{attend, Scratch};
+use crate::batch::Batch;
+use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle, TensorRef};
+use crate::dispatch::{select, Kernels};
+use crate::error::{Error, Result};
+use crate::kv::{KvCache, BLOCK_TOKENS};
+use crate::mapping::ModelFile;
+use crate::matmul::{matmul, Activations};
+use crate::ops;
+use crate::pack::{dequantize, pack, PackedMatrix};
+use crate::pool::Pool;
+use crate::sampling::sample;
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+struct LayerWeights {
+    attn_norm: Vec<f32>,
+    q: PackedMatrix,
+    k: PackedMatrix,
+    v: PackedMatrix,
+    o: PackedMatrix,
+    ffn_norm: Vec<f32>,
+    gate: PackedMatrix,
+    up: PackedMatrix,
+    down: PackedMatrix,
+}
+
+/// An open shard. Forward passes take turns.
+pub struct Shard {
+    ks: &'static Kernels,
+    pool: Pool,
+    hyper: Hyper,
+    max_batch: usize,
+    embedding: Option<PackedMatrix>,
+    head: Option<(Vec<f32>, PackedMatrix)>,
+    layers: Vec<LayerWeights>,
+    state: Mutex<State>,
+}
+
+/// What a forward pass changes.
+struct State {
+    kv: KvCache,
+    rope: RopeTable,
+    act: Activations,
+    buffers: Buffers,
+}
+
+#[derive(Default)]
+struct Buffers {
+    hidden: Vec<f32>,
+    norm: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    delta: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+/// Cosines and sines of the rotary embedding (arXiv:2104.09864), a row of `dims / 2` per position, grown as needed.
+struct RopeTable {
+    base: f64,
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    fn grow(&mut self, positions: usize) {
+        for pos in self.cos.len() / self.half..positions {
+            for i in 0..self.half {
+                // `libm` gives the same bits on every platform; std's functions need not.
+                let angle = pos as f64 * libm::pow(self.base, -(i as f64) / self.half as f64);
+                self.cos.push(libm::cos(angle) as f32);
+                self.sin.push(libm::sin(angle) as f32);
+            }
+        }
+    }
+    fn row(&self, pos: usize) -> (&[f32], &[f32]) {
+        let range = pos * self.half..(pos + 1) * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+/// What a shard tells of itself.
+#[derive(serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stats {
+    pub kv_blocks_total: usize,
+    pub kv_blocks_free: usize,
+    pub block_tokens: usize,
+    pub weight_bytes: usize,
+    pub sequences: usize,
+    pub weight_bytes_per_token: usize,
+}
+
+/// A pointer that threads write disjoint parts through.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+// SAFETY: every use hands each thread its own part.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+impl Shared {
+    /// # Safety
+    /// The range lies in the buffer and no two threads' ranges overlap.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, at: usize, len: usize) -> &mut [f32] {
+        // SAFETY: the caller's.
+        unsafe { core::slice::from_raw_parts_mut(self.0.add(at), len) }
+    }
+}
+
+impl Shard {
+    /// Maps the file, packs the shard's tensors and reserves the KV cache.
+    pub fn open(d: &Descriptor) -> Result<Self> {
+        let ks = select(d.isa.as_deref())?;
+        let pool = Pool::new(d.threads);
+        let file = ModelFile::open(&d.path)?;
+        let named = |t: &TensorRef, e: Error| Error::new(e.code, format!("tensor {}: {}", t.name, e.message));
+        let matrix = |t: &TensorRef| {
+            pack(t.source_type()?, file.tensor(t)?, t.shape[1], t.shape[0], &pool).map_err(|e| named(t, e))
+        };
+        let vector = |t: &TensorRef| {
+            let mut out = vec![0.0; t.shape[0]];
+            dequantize(t.source_type()?, file.tensor(t)?, &mut out).map_err(|e| named(t, e))?;
+            Ok::<_, Error>(out)
+        };
+        let embedding = d.embedding.as_ref().map(matrix).transpose()?;
+        let head = d.head.as_ref().map(|h| Ok::<_, Error>((vector(&h.norm)?, matrix(&h.output)?))).transpose()?;
+        let mut layers = Vec::with_capacity(d.layers.len());
+        for l in &d.layers {
+            layers.push(LayerWeights {
+                attn_norm: vector(&l.attn_norm)?,
+                q: matrix(&l.q)?,
+                k: matrix(&l.k)?,
+                v: matrix(&l.v)?,
+                o: matrix(&l.o)?,
+                ffn_norm: vector(&l.ffn_norm)?,
+                gate: matrix(&l.gate)?,
+                up: matrix(&l.up)?,
+                down: matrix(&l.down)?,
+            });
+        }
+        let h = d.hyper.clone();
+        let kv = KvCache::new(d.kv.kind, d.kv.tokens, layers.len(), h.kv_heads, h.head_dim)?;
+        let rope = RopeTable { base: h.rope.base, half: h.rope.dims / 2, cos: Vec::new(), sin: Vec::new() };
+        Ok(Self {
+            ks,
+            pool,
+            hyper: h,
+            max_batch: d.max_batch,
+            embedding,
+            head,
+            layers,
+            state: Mutex::new(State { kv, rope, act: Activations::new(), buffers: Buffers::default() }),
+        })
+    }
+
+    /// A panic inside a forward pass leaves at worst sequences cut short; the state stays usable.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets positions of a sequence from `len` on.
+    pub fn truncate(&self, seq: u32, len: usize) {
+        self.state().kv.truncate(seq, len);
+    }
+
+    pub fn stats(&self) -> Stats {
+        let matrices = |l: &LayerWeights| {
+            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|m| m.bytes()).sum::<usize>()
+                + 4 * (l.attn_norm.len() + l.ffn_norm.len())
+        };
+        let layers: usize = self.layers.iter().map(matrices).sum();
+        let head = self.head.as_ref().map_or(0, |(norm, output)| 4 * norm.len() + output.bytes());
+        let (table, row) = self.embedding.as_ref().map_or((0, 0), |m| (m.bytes(), m.bytes() / m.rows.max(1)));
+        let state = self.state();
+        Stats {
+            kv_blocks_total: state.kv.blocks_total(),
+            kv_blocks_free: state.kv.blocks_free(),
+            block_tokens: BLOCK_TOKENS,
+            weight_bytes: layers + head + table,
+            sequences: state.kv.sequences(),
+            weight_bytes_per_token: layers + head + row,
+        }
+    }
+
+    /// Computes a micro-batch and returns the output's bytes: hidden states, or results from a shard with head.
+    pub fn forward(&self, batch: &[u8], input: &[u8], stop: Option<&AtomicI32>) -> Result<Vec<u8>> {
+        let h = &self.hyper;
+        let batch = Batch::parse(batch, h.vocab as u32, h.context as u32, self.max_batch)?;
+        let expected = if self.embedding.is_some() { 0 } else { batch.tokens.len() * h.embedding * 4 };
+        if input.len() != expected {
+            return Err(Error::argument(format!(
+                "input has {} bytes; {} tokens of {} take {expected}",
+                input.len(),
+                batch.tokens.len(),
+                h.embedding
+            )));
+        }
+        let mut state = self.state();
+        let parts: Vec<_> =
+            batch.entries.iter().map(|e| (e.seq, e.pos as usize, &batch.tokens[e.first..e.first + e.count])).collect();
+        state.kv.extend(&parts)?;
+        let result = self.compute(&mut state, &batch, input, stop);
+        if result.is_err() {
+            for &(seq, pos, _) in &parts {
+                state.kv.truncate(seq, pos);
+            }
+        }
+        result
+    }
+
+    fn compute(&self, state: &mut State, batch: &Batch, input: &[u8], stop: Option<&AtomicI32>) -> Result<Vec<u8>> {
+        let h = &self.hyper;
+        let (d, dim) = (h.embedding, h.head_dim);
+        let (wide, kv_wide, ff) = (h.heads * dim, h.kv_heads * dim, h.feed_forward);
+        let (ks, pool) = (self.ks, &self.pool);
+        let State { kv, rope, act, buffers: b } = state;
+        let mut n = batch.tokens.len();
+
+        // Position and entry of every row.
+        let mut rows: Vec<(usize, usize)> = Vec::with_capacity(n);
+        for (e, entry) in batch.entries.iter().enumerate() {
+            rows.extend((0..entry.count).map(|i| (e, entry.pos as usize + i)));
+        }
+        rope.grow(rows.iter().map(|&(_, pos)| pos + 1).max().unwrap_or(0));
+
+        resize(&mut b.hidden, n * d);
+        match &self.embedding {
+            Some(table) => {
+                let out = Shared(b.hidden.as_mut_ptr());
+                // SAFETY: row i is this part's own.
+                pool.run(n, &|i| table.unpack_row(batch.tokens[i] as usize, unsafe { out.part(i * d, d) }));
+            }
+            None => {
+                for (x, bytes) in b.hidden.iter_mut().zip(input.chunks_exact(4)) {
+                    *x = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                }
+            }
+        }
+
+        for (index, layer) in self.layers.iter().enumerate() {
+            if stop.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
+                return Err(Error::new(Error::STOPPED, "stopped"));
+            }
+            self.norm(&b.hidden[..n * d], &layer.attn_norm, &mut b.norm, n);
+            act.prepare(ks, &b.norm[..n * d], n, d, &[layer.q.form, layer.k.form, layer.v.form], pool);
+            resize(&mut b.q, n * wide);
+            resize(&mut b.k, n * kv_wide);
+            resize(&mut b.v, n * kv_wide);
+            matmul(ks, &layer.q, act, &mut b.q, wide, pool);
+            matmul(ks, &layer.k, act, &mut b.k, kv_wide, pool);
+            matmul(ks, &layer.v, act, &mut b.v, kv_wide, pool);
+
+            let style = h.rope.style;
+            let (q, k) = (Shared(b.q.as_mut_ptr()), Shared(b.k.as_mut_ptr()));
+            pool.run(n, &|i| {
+                let (cos, sin) = rope.row(rows[i].1);
+                // SAFETY: row i of each is this part's own.
+                let heads = unsafe {
+                    q.part(i * wide, wide)
+                        .chunks_exact_mut(dim)
+                        .chain(k.part(i * kv_wide, kv_wide).chunks_exact_mut(dim))
+                };
+                for head in heads {
+                    rotate(ks, &mut head[..h.rope.dims], cos, sin, style);
+                }
+            });
+            for (i, &(e, pos)) in rows.iter().enumerate() {
+                let block = kv.get(batch.entries[e].seq).expect("extended before").blocks[pos / BLOCK_TOKENS];
+                for head in 0..h.kv_heads {
+                    let at = i * kv_wide + head * dim;
+                    store(ks, kv, block, index, head, pos % BLOCK_TOKENS, &b.k[at..at + dim], &b.v[at..at + dim]);
+                }
+            }
+
+            // The last layer's K and V are all that rows need of which nothing is asked.
+            if index + 1 == self.layers.len() && self.head.is_some() {
+                let needed: Vec<usize> = batch
+                    .entries
+                    .iter()
+                    .flat_map(|e| {
+                        let from = if e.logits {
+                            0
+                        } else if e.sample.is_some() {
+                            e.count - 1
+                        } else {
+                            e.count
+                        };
+                        e.first + from..e.first + e.count
+                    })
+                    .collect();
+                for (to, &from) in needed.iter().enumerate() {
+                    b.hidden.copy_within(from * d..(from + 1) * d, to * d);
+                    b.q.copy_within(from * wide..(from + 1) * wide, to * wide);
+                    rows[to] = rows[from];
+                }
+                n = needed.len();
+                rows.truncate(n);
+                if n == 0 {
+                    return Ok(Vec::new());
+                }
+            }
+
+            resize(&mut b.attended, n * wide);
+            let out = Shared(b.attended.as_mut_ptr());
+            let (q, cache) = (&b.q, &*kv);
+            let scale = 1.0 / (dim as f32).sqrt();
+            pool.run(n * h.heads, &|part| {
+                thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+                let (i, head) = (part / h.heads, part % h.heads);
+                let (e, pos) = rows[i];
+                let blocks = &cache.get(batch.entries[e].seq).expect("extended before").blocks;
+                let at = i * wide + head * dim;
+                // SAFETY: head `head` of row i is this part's own.
+                let out = unsafe { out.part(at, dim) };
+                let kv_head = head / (h.heads / h.kv_heads);
+                SCRATCH.with_borrow_mut(|scratch| {
+                    attend(ks, cache, blocks, index, kv_head, pos + 1, &q[at..at + dim], scale, scratch, out);
+                });
+            });
+            act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
+            resize(&mut b.delta, n * d);
+            matmul(ks, &layer.o, act, &mut b.delta, d, pool);
+            ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
+
+            self.norm(&b.hidden[..n * d], &layer.ffn_norm, &mut b.norm, n);
+            act.prepare(ks, &b.norm[..n * d], n, d, &[layer.gate.form, layer.up.form], pool);
+            resize(&mut b.gate, n * ff);
+            resize(&mut b.up, n * ff);
+            matmul(ks, &layer.gate, act, &mut b.gate, ff, pool);
+            matmul(ks, &layer.up, act, &mut b.up, ff, pool);
+            let (gate, up) = (Shared(b.gate.as_mut_ptr()), &b.up);
+            // SAFETY: row i is this part's own.
+            pool.run(n, &|i| ops::silu_mul(ks, unsafe { gate.part(i * ff, ff) }, &up[i * ff..(i + 1) * ff]));
+            act.prepare(ks, &b.gate[..n * ff], n, ff, &[layer.down.form], pool);
+            matmul(ks, &layer.down, act, &mut b.delta, d, pool);
+            ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
+        }
+
+        let Some((norm, output)) = &self.head else {
+            return Ok(b.hidden[..n * d].iter().flat_map(|x| x.to_le_bytes()).collect());
+        };
+        self.norm(&b.hidden[..n * d], norm, &mut b.norm, n);
+        act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], pool);
+        resize(&mut b.logits, n * h.vocab);
+        matmul(ks, output, act, &mut b.logits, h.vocab, pool);
+        results(batch, kv, &mut b.logits[..n * h.vocab], h.vocab)
+    }
+
+    fn norm(&self, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {
+        let (ks, d, eps) = (self.ks, self.hyper.embedding, self.hyper.rms_eps);
+        resize(out, n * d);
+        let out = Shared(out.as_mut_ptr());
+        // SAFETY: row i is this part's own.
+        self.pool.run(n, &|i| ops::rms_norm(ks, &x[i * d..(i + 1) * d], weight, eps, unsafe { out.part(i * d, d) }));
+    }
+}
+
+/// Grows a buffer without clearing what is overwritten anyway.
+fn resize(buffer: &mut Vec<f32>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+}
+
+fn rotate(ks: &Kernels, x: &mut [f32], cos: &[f32], sin: &[f32], style: RopeStyle) {
+    let style = match style {
+        RopeStyle::Norm => ops::RopeStyle::Norm,
+        RopeStyle::Neox => ops::RopeStyle::Neox,
+    };
+    ops::rope(ks, x, cos, sin, style);
+}
+
+#[allow(clippy::too_many_arguments)]
+fn store(ks: &Kernels, kv: &mut KvCache, block: u32, layer: usize, head: usize, row: usize, k: &[f32], v: &[f32]) {
+    let (k_rows, v_rows) = kv.rows_mut(block, layer, head);
+    for (rows, x) in [(k_rows, k), (v_rows, v)] {
+        // SAFETY: `rows_mut` vouches for 32 rows of `x.len()` elements, and row < 32.
+        unsafe {
+            match kv.kind() {
+                KvType::F16 => {
+                    ops::to_f16(ks, x, core::slice::from_raw_parts_mut(rows.cast::<u16>().add(row * x.len()), x.len()));
+                }
+                KvType::F32 => {
+                    core::slice::from_raw_parts_mut(rows.cast::<f32>().add(row * x.len()), x.len()).copy_from_slice(x);
+                }
+            }
+        }
+    }
+}
+
+/// Samples and writes down what each entry asked for; `logits` has a row for each token that is needed.
+fn results(batch: &Batch, kv: &KvCache, logits: &mut [f32], vocab: usize) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let word = |out: &mut Vec<u8>, bits: u32| out.extend_from_slice(&bits.to_le_bytes());
+    let mut row = 0;
+    let mut wanted = Vec::new();
+    for entry in &batch.entries {
+        let count = if entry.logits { entry.count } else { usize::from(entry.sample.is_some()) };
+        let part = row * vocab..(row + count) * vocab;
+        row += count;
+        if entry.logits {
+            wanted.extend(logits[part.clone()].iter().flat_map(|x| x.to_le_bytes()));
+        }
+        let Some(parameters) = &entry.sample else { continue };
+        let history = &kv.get(entry.seq).expect("extended before").tokens;
+        let sampled = sample(&mut logits[part.end - vocab..part.end], parameters, history)?;
+        word(&mut out, sampled.token.id);
+        word(&mut out, sampled.token.logprob.to_bits());
+        word(&mut out, sampled.top.len() as u32);
+        for t in &sampled.top {
+            word(&mut out, t.id);
+            word(&mut out, t.logprob.to_bits());
+        }
+    }
+    out.append(&mut wanted);
+    Ok(out)
+}
