@@ -1,0 +1,134 @@
+import type { Command } from "commander";
+import { describeModel, ggmlTypeName, readGguf } from "../model/mod.ts";
+import type { GgufFile, GgufValue, ModelDescription } from "../model/mod.ts";
+
+/** Adds the command `inspect`. */
+export function addInspect(program: Command): void {
+  program.command("inspect")
+    .description("say what a GGUF file holds, whether Lutra can run it or not")
+    .argument("<model>", "a GGUF file")
+    .option("--tensors", "list every tensor")
+    .option("--json", "print JSON")
+    .action((path: string, flags: { tensors?: boolean; json?: boolean }) => {
+      const gguf = readGguf(path);
+      let description: ModelDescription | undefined;
+      let reason: string | undefined;
+      try {
+        description = describeModel(gguf);
+      } catch (error) {
+        reason = (error as Error).message;
+      }
+      if (flags.json === true) console.log(JSON.stringify(asJson(gguf, description, reason, flags.tensors === true)));
+      else console.log(asText(gguf, description, reason, flags.tensors === true));
+    });
+}
+
+interface TypeRow {
+  type: string;
+  tensors: number;
+  elements: number;
+  bytes: number;
+}
+
+function byType(gguf: GgufFile): TypeRow[] {
+  const rows = new Map<string, TypeRow>();
+  for (const tensor of gguf.tensors.values()) {
+    const type = ggmlTypeName(tensor.type);
+    const row = rows.get(type) ?? { type, tensors: 0, elements: 0, bytes: 0 };
+    row.tensors++;
+    row.elements += tensor.shape.reduce((a, b) => a * b, 1);
+    row.bytes += tensor.bytes;
+    rows.set(type, row);
+  }
+  return [...rows.values()].sort((a, b) => b.bytes - a.bytes);
+}
+
+function asJson(
+  gguf: GgufFile,
+  description: ModelDescription | undefined,
+  reason: string | undefined,
+  tensors: boolean,
+) {
+  const plain = (value: GgufValue): unknown =>
+    typeof value === "bigint" ? value.toString() : Array.isArray(value) ? value.map(plain) : value;
+  return {
+    path: gguf.path,
+    version: gguf.version,
+    bytes: gguf.size,
+    supported: description !== undefined,
+    ...(reason === undefined ? {} : { reason }),
+    ...(description === undefined ? {} : { hyper: description.hyper, parameters: description.parameters }),
+    metadata: Object.fromEntries([...gguf.metadata].map(([key, value]) => [key, plain(value)])),
+    types: byType(gguf),
+    ...(tensors ? { tensors: [...gguf.tensors.values()].map((t) => ({ ...t, type: ggmlTypeName(t.type) })) } : {}),
+  };
+}
+
+function asText(
+  gguf: GgufFile,
+  description: ModelDescription | undefined,
+  reason: string | undefined,
+  tensors: boolean,
+) {
+  const lines = [`${gguf.path}: GGUF version ${gguf.version}, ${bytes(gguf.size)}, ${gguf.tensors.size} tensors`];
+  if (description !== undefined) {
+    const h = description.hyper;
+    lines.push(
+      `${description.name ?? "no name"}: ${description.architecture}, ${
+        (description.parameters / 1e6).toFixed(1)
+      } M parameters`,
+      `  ${h.layers} layers of ${h.embedding}, ${h.heads} heads of ${h.headDim} on ${h.kvHeads} KV heads, ` +
+        `feed-forward ${h.feedForward}, vocabulary ${h.vocab}, context ${h.context}`,
+    );
+  } else lines.push(`Lutra cannot run it: ${reason}`);
+  lines.push(
+    "",
+    ...table(
+      ["type", "tensors", "elements", "bytes", "bits/weight"],
+      byType(gguf).map((
+        r,
+      ) => [r.type, `${r.tensors}`, `${r.elements}`, bytes(r.bytes), ((8 * r.bytes) / r.elements).toFixed(2)]),
+    ),
+  );
+  lines.push("", "metadata");
+  for (const [key, value] of gguf.metadata) lines.push(`  ${key} = ${short(value)}`);
+  if (tensors) {
+    lines.push(
+      "",
+      ...table(
+        ["tensor", "type", "shape", "bytes"],
+        [...gguf.tensors.values()].map((t) => [t.name, ggmlTypeName(t.type), t.shape.join(" × "), `${t.bytes}`]),
+      ),
+    );
+  }
+  return lines.join("\n");
+}
+
+/** A value on one line, whatever the file put there: control characters are escaped. */
+function short(value: GgufValue): string {
+  if (Array.isArray(value)) {
+    return `[${value.slice(0, 4).map(short).join(", ")}${value.length > 4 ? `, … ${value.length}` : ""}]`;
+  }
+  if (typeof value !== "string") return String(value);
+  const text = JSON.stringify(value);
+  return text.length > 100 ? `${text.slice(0, 97)}…"` : text;
+}
+
+/** Bytes with a unit. */
+export function bytes(n: number): string {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (n >= 1000 && unit + 1 < units.length) {
+    n /= 1000;
+    unit++;
+  }
+  return `${unit === 0 ? n : n.toPrecision(4)} ${units[unit]}`;
+}
+
+/** Columns padded to their widest cell; all but the first flush right. */
+export function table(head: readonly string[], rows: readonly (readonly string[])[]): string[] {
+  const widths = head.map((title, i) => Math.max(title.length, ...rows.map((row) => row[i]!.length)));
+  const line = (row: readonly string[]) =>
+    row.map((cell, i) => i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!)).join("  ").trimEnd();
+  return [line(head), ...rows.map(line)];
+}

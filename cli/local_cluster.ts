@@ -1,0 +1,59 @@
+import { InProcessBus } from "../bus/mod.ts";
+import { loadModel } from "../model/mod.ts";
+import { Engine } from "../orchestrator/mod.ts";
+import type { EngineOptions } from "../orchestrator/mod.ts";
+import { loadKernels, Worker } from "../worker/mod.ts";
+
+/** Options of {@linkcode startLocalCluster}. */
+export interface LocalClusterOptions extends Omit<EngineOptions, "bus" | "model" | "workers" | "cluster"> {
+  /** Threads of each worker. Default: the cores divided by the shards. */
+  threads?: number;
+  /** Instruction set. Default: the best. */
+  isa?: string;
+}
+
+/** A cluster within this process. */
+export interface LocalCluster extends AsyncDisposable {
+  readonly engine: Engine;
+  /** Threads of each worker. */
+  readonly threads: number;
+  close(): Promise<void>;
+}
+
+/**
+ * Starts an in-process bus, a worker for every shard, and an engine that serves `path` with them: the path of a real
+ * cluster, on one machine.
+ */
+export async function startLocalCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
+  const { threads: wanted, isa, shards = 1, ...rest } = options;
+  const model = await loadModel(path); // before anything is started: a wrong path is the likeliest error
+  const kernels = loadKernels();
+  const threads = wanted ?? Math.max(1, Math.floor(kernels.deviceInfo().cores / shards));
+  const bus = new InProcessBus();
+  const workers: Worker[] = [];
+  let engine: Engine | undefined;
+  const close = async () => {
+    await engine?.close();
+    await Promise.all(workers.map((worker) => worker.close()));
+    await bus.close();
+  };
+  try {
+    for (let i = 0; i < shards; i++) {
+      workers.push(
+        await Worker.start({
+          bus,
+          kernels,
+          id: `local-${i}`,
+          threads,
+          ...(isa === undefined ? {} : { isa }),
+          log: (message) => console.error(message),
+        }),
+      );
+    }
+    engine = await Engine.start({ bus, model, shards, workers: shards, ...rest });
+    return { engine, threads, close, [Symbol.asyncDispose]: close };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}

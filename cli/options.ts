@@ -1,0 +1,91 @@
+import { InvalidArgumentError, Option } from "commander";
+import type { Command } from "commander";
+import type { SamplingOptions } from "../orchestrator/mod.ts";
+import type { LocalClusterOptions } from "./local_cluster.ts";
+
+/** Parses an integer from `min` on. */
+export function integer(min: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^-?\d+$/.test(text) || !Number.isSafeInteger(value) || value < min) {
+      throw new InvalidArgumentError(`It must be an integer from ${min} on.`);
+    }
+    return value;
+  };
+}
+
+/** Parses a number between `min` and `max`. */
+export function number(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (text.trim() === "" || !(value >= min && value <= max)) {
+      throw new InvalidArgumentError(`It must be a number from ${min} to ${max}.`);
+    }
+    return value;
+  };
+}
+
+/** How a model is loaded, as the command line says it. */
+export interface ClusterFlags {
+  shards?: number;
+  threads?: number;
+  context?: number;
+  kv?: "f16" | "f32";
+  isa?: string;
+}
+
+/** Adds the options of {@linkcode ClusterFlags}. */
+export function withClusterOptions(command: Command): Command {
+  return command
+    .option("--shards <n>", "split the layers over n workers", integer(1))
+    .option("--threads <n>", "threads of each worker (default: the cores, divided by the shards)", integer(1))
+    .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
+    .addOption(new Option("--kv <type>", "element type of the KV cache").choices(["f16", "f32"]).default("f16"))
+    .option("--isa <name>", "instruction set of the kernels (default: the best)");
+}
+
+/** The cluster's options that the flags stand for. */
+export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
+  const { shards, threads, context, kv, isa } = flags;
+  return {
+    ...(shards === undefined ? {} : { shards }),
+    ...(threads === undefined ? {} : { threads }),
+    ...(context === undefined ? {} : { context }),
+    ...(kv === undefined ? {} : { kvType: kv }),
+    ...(isa === undefined ? {} : { isa }),
+  };
+}
+
+/** How tokens are chosen, as the command line says it. */
+export interface SamplingFlags {
+  temperature?: number;
+  topK?: number;
+  topP?: number;
+  minP?: number;
+  repeatPenalty?: number;
+  seed?: number;
+}
+
+/** Adds the options of {@linkcode SamplingFlags}. */
+export function withSamplingOptions(command: Command): Command {
+  return command
+    .option("--temperature <x>", "0 always takes the most probable token (default: 0.8)", number(0, 100))
+    .option("--top-k <n>", "choose among the n most probable tokens, 0: all (default: 40)", integer(0))
+    .option("--top-p <x>", "… that make up this probability (default: 0.95)", number(0, 1))
+    .option("--min-p <x>", "… at least this probable beside the best (default: 0.05)", number(0, 1))
+    .option("--repeat-penalty <x>", "make repetition less probable, 1: do not (default: 1)", number(0.001, 1000))
+    .option("--seed <n>", "the same seed gives the same answer (default: random)", integer(0));
+}
+
+/** The sampling that the flags stand for. */
+export function samplingOptions(flags: SamplingFlags): Partial<SamplingOptions> {
+  const { temperature, topK, topP, minP, repeatPenalty, seed } = flags;
+  return {
+    ...(temperature === undefined ? {} : { temperature }),
+    ...(topK === undefined ? {} : { topK }),
+    ...(topP === undefined ? {} : { topP }),
+    ...(minP === undefined ? {} : { minP }),
+    ...(repeatPenalty === undefined ? {} : { repeatPenalty }),
+    ...(seed === undefined ? {} : { seed: BigInt(seed) }),
+  };
+}

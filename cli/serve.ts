@@ -1,0 +1,61 @@
+import type { Command } from "commander";
+import { createApp } from "../orchestrator/api/mod.ts";
+import { startLocalCluster } from "./local_cluster.ts";
+import { clusterOptions, integer, withClusterOptions } from "./options.ts";
+import type { ClusterFlags } from "./options.ts";
+
+interface ServeFlags extends ClusterFlags {
+  host: string;
+  port: number;
+  apiKey?: string;
+  cors?: boolean;
+  kvTokens?: number;
+}
+
+/** Adds the command `serve`. */
+export function addServe(program: Command): void {
+  const command = program.command("serve")
+    .description("answer over HTTP as OpenAI's API does, with a web page")
+    .argument("<model>", "a GGUF file")
+    .option("--host <address>", "address to listen on; 0.0.0.0 is all", "127.0.0.1")
+    .option("--port <n>", "port to listen on", integer(0), 11535)
+    .option("--api-key <key>", "ask clients for this key (or set LUTRA_API_KEY)")
+    .option("--cors", "let web pages of other origins ask")
+    .option("--kv-tokens <n>", "tokens that the KV cache holds over all requests", integer(2));
+  withClusterOptions(command).action(async (path: string, flags: ServeFlags) => {
+    const apiKey = flags.apiKey ?? Deno.env.get("LUTRA_API_KEY");
+    await using cluster = await startLocalCluster(path, {
+      ...clusterOptions(flags),
+      ...(flags.kvTokens === undefined ? {} : { kvTokens: flags.kvTokens }),
+    });
+    const { engine, threads } = cluster;
+    const app = createApp({
+      engine,
+      page: Deno.readTextFileSync(new URL("../orchestrator/page/page.html", import.meta.url)),
+      ...(apiKey === undefined || apiKey === "" ? {} : { apiKey }),
+      ...(flags.cors === true ? { cors: true } : {}),
+    });
+    const stop = new AbortController();
+    const server = Deno.serve({
+      hostname: flags.host,
+      port: flags.port,
+      signal: stop.signal,
+      onListen: ({ hostname, port }) => {
+        const shown = hostname === "0.0.0.0" ? "127.0.0.1" : hostname.includes(":") ? `[${hostname}]` : hostname;
+        const stages = engine.stats().stages.length;
+        console.log(`${engine.model.id} on http://${shown}:${port} (API under /v1, ${stages} × ${threads} threads)`);
+      },
+    }, app.fetch);
+    const end = () => {
+      // First signal: no new requests, running ones end. Second: at once.
+      if (stop.signal.aborted) Deno.exit(130);
+      console.error("stopping…");
+      stop.abort();
+      void cluster.close();
+    };
+    const signals: Deno.Signal[] = Deno.build.os === "windows" ? ["SIGINT"] : ["SIGINT", "SIGTERM"];
+    for (const signal of signals) Deno.addSignalListener(signal, end);
+    await server.finished;
+    for (const signal of signals) Deno.removeSignalListener(signal, end);
+  });
+}
