@@ -32,6 +32,8 @@ struct LayerWeights {
 pub struct Shard {
     ks: &'static Kernels,
     pool: Pool,
+    /// Runs small jobs on the calling thread.
+    inline: Pool,
     hyper: Hyper,
     max_batch: usize,
     embedding: Option<PackedMatrix>,
@@ -99,6 +101,9 @@ pub struct Stats {
     pub weight_bytes_per_token: usize,
 }
 
+/// Bytes below which a job is done sooner than a second thread joins in: some 10 µs of one thread's memory traffic.
+const INLINE_BYTES: usize = 256 << 10;
+
 /// A pointer that threads write disjoint parts through.
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
@@ -153,6 +158,7 @@ impl Shard {
         Ok(Self {
             ks,
             pool,
+            inline: Pool::new(1),
             hyper: h,
             max_batch: d.max_batch,
             embedding,
@@ -255,9 +261,9 @@ impl Shard {
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
-            matmul(ks, &layer.q, act, &mut b.q, wide, pool);
-            matmul(ks, &layer.k, act, &mut b.k, kv_wide, pool);
-            matmul(ks, &layer.v, act, &mut b.v, kv_wide, pool);
+            self.product(&layer.q, act, n, &mut b.q);
+            self.product(&layer.k, act, n, &mut b.k);
+            self.product(&layer.v, act, n, &mut b.v);
 
             let style = h.rope.style;
             let (q, k) = (Shared(b.q.as_mut_ptr()), Shared(b.k.as_mut_ptr()));
@@ -313,7 +319,8 @@ impl Shard {
             let out = Shared(b.attended.as_mut_ptr());
             let (q, cache) = (&b.q, &*kv);
             let scale = 1.0 / (dim as f32).sqrt();
-            pool.run(n * h.heads, &|part| {
+            let cached: usize = rows.iter().map(|&(_, pos)| pos + 1).sum();
+            self.pool_for(cached * wide * 8).run(n * h.heads, &|part| {
                 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
                 let (i, head) = (part / h.heads, part % h.heads);
                 let (e, pos) = rows[i];
@@ -328,20 +335,20 @@ impl Shard {
             });
             act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
             resize(&mut b.delta, n * d);
-            matmul(ks, &layer.o, act, &mut b.delta, d, pool);
+            self.product(&layer.o, act, n, &mut b.delta);
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
 
             self.norm(&b.hidden[..n * d], &layer.ffn_norm, &mut b.norm, n);
             act.prepare(ks, &b.norm[..n * d], n, d, &[layer.gate.form, layer.up.form], pool);
             resize(&mut b.gate, n * ff);
             resize(&mut b.up, n * ff);
-            matmul(ks, &layer.gate, act, &mut b.gate, ff, pool);
-            matmul(ks, &layer.up, act, &mut b.up, ff, pool);
+            self.product(&layer.gate, act, n, &mut b.gate);
+            self.product(&layer.up, act, n, &mut b.up);
             let (gate, up) = (Shared(b.gate.as_mut_ptr()), &b.up);
             // SAFETY: row i is this part's own.
             pool.run(n, &|i| ops::silu_mul(ks, unsafe { gate.part(i * ff, ff) }, &up[i * ff..(i + 1) * ff]));
             act.prepare(ks, &b.gate[..n * ff], n, ff, &[layer.down.form], pool);
-            matmul(ks, &layer.down, act, &mut b.delta, d, pool);
+            self.product(&layer.down, act, n, &mut b.delta);
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
         }
 
@@ -351,8 +358,22 @@ impl Shard {
         self.norm(&b.hidden[..n * d], norm, &mut b.norm, n);
         act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], pool);
         resize(&mut b.logits, n * h.vocab);
-        matmul(ks, output, act, &mut b.logits, h.vocab, pool);
+        self.product(output, act, n, &mut b.logits);
         results(batch, kv, &mut b.logits[..n * h.vocab], h.vocab)
+    }
+
+    /// The pool for a job that reads so many bytes.
+    fn pool_for(&self, bytes: usize) -> &Pool {
+        if bytes < INLINE_BYTES {
+            &self.inline
+        } else {
+            &self.pool
+        }
+    }
+
+    /// `y = x · Wᵀ` for the `n` rows of activations in `act`.
+    fn product(&self, w: &PackedMatrix, act: &Activations, n: usize, y: &mut [f32]) {
+        matmul(self.ks, w, act, y, w.rows, self.pool_for(w.bytes() * n));
     }
 
     fn norm(&self, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {
