@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::matmul::TileKernel;
 use crate::ops::FloatOps;
 use crate::pack::PackedForm;
-use crate::quantize::Table;
+use crate::quantize::{Quantize, Table};
 use std::fmt;
 
 /// An instruction set with kernels of its own.
@@ -42,9 +42,9 @@ pub struct Kernels {
     pub(crate) tile: fn(PackedForm) -> TileKernel,
     /// Whether that kernel reads lookup tables (`quantize::Table`).
     pub(crate) wants_tables: fn(PackedForm) -> bool,
-    /// `quantize::quantize_portable`'s contract.
-    pub(crate) quantize: unsafe fn(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]),
-    /// `quantize::build_tables_portable`'s contract.
+    /// `quantize::quantize_portable`, with the requirements on lengths stated there.
+    pub(crate) quantize: Quantize,
+    /// `quantize::build_tables_portable`.
     pub(crate) build_tables: unsafe fn(codes: &[i8], tables: &mut [Table]),
     pub(crate) ops: FloatOps,
     /// Reads every byte of the slice at full width; the result only keeps the reads alive.

@@ -213,20 +213,12 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
 ///
 /// `TileKernel`'s, and the machine has `V`'s instruction set.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // lanes and halves are places, not items
 pub(crate) unsafe fn float_tile<V: Vector, const KIND: u8>(args: &TileArgs, out: &mut TileOut) {
     debug_assert!(matches!(args.form.codes, Codes::Float(_)));
     let size = if KIND == 0 { 4 } else { 2 };
     let k = args.k;
     assert!(args.tile.len() == k * FLOAT_TILE * size && args.x.len() >= (args.first + args.count) * k);
-    // Eight weights of column `column`: half 0 or 1 of the tile's 16 rows. In bounds by the assertion.
-    let weights = |column: usize, half: usize| unsafe {
-        let at = args.tile.as_ptr().add((column * FLOAT_TILE + half * 8) * size);
-        match KIND {
-            0 => V::load(at.cast()),
-            1 => V::load_f16(at.cast()),
-            _ => V::load_bf16(at.cast()),
-        }
-    };
     for (j, out) in out.iter_mut().enumerate().take(args.count) {
         let x = &args.x[(args.first + j) * k..][..k];
         let mut acc = [[V::zero(); 2]; 4];
@@ -236,18 +228,35 @@ pub(crate) unsafe fn float_tile<V: Vector, const KIND: u8>(args: &TileArgs, out:
             for lane in 0..4 {
                 let value = V::splat(four[lane]);
                 for half in 0..2 {
-                    acc[lane][half] = weights(4 * i + lane, half).fma(value, acc[lane][half]);
+                    acc[lane][half] = weights::<V, KIND>(args, 4 * i + lane, half).fma(value, acc[lane][half]);
                 }
             }
         }
         for (lane, &value) in rest.iter().enumerate() {
             for half in 0..2 {
-                acc[lane][half] = weights(k - rest.len() + lane, half).fma(V::splat(value), acc[lane][half]);
+                acc[lane][half] =
+                    weights::<V, KIND>(args, k - rest.len() + lane, half).fma(V::splat(value), acc[lane][half]);
             }
         }
         for half in 0..2 {
             let sum = acc[0][half].add(acc[1][half]).add(acc[2][half].add(acc[3][half]));
             sum.store(out.as_mut_ptr().add(8 * half));
         }
+    }
+}
+
+/// Eight weights of a float tile's column: rows 8·half .. + 8.
+///
+/// # Safety
+///
+/// `float_tile`'s, `column < args.k` and `half < 2`.
+#[inline(always)]
+unsafe fn weights<V: Vector, const KIND: u8>(args: &TileArgs, column: usize, half: usize) -> V {
+    let size = if KIND == 0 { 4 } else { 2 };
+    let at = args.tile.as_ptr().add((column * FLOAT_TILE + half * 8) * size);
+    match KIND {
+        0 => V::load(at.cast()),
+        1 => V::load_f16(at.cast()),
+        _ => V::load_bf16(at.cast()),
     }
 }

@@ -8,12 +8,12 @@
 pub const SMALLEST: f32 = 1e-30;
 
 /// All 16 subset sums of four neighbouring int8 activations: entry i is the sum of those whose bit is set in i, in
-/// −508..=508, as `256·high + low`.
+/// −508 ..= 508, as `32·(high − 16) + low` with both in 0 ..= 31, so that eight of either can be added as bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(32))]
 pub(crate) struct Table {
     pub low: [u8; 16],
-    pub high: [i8; 16],
+    pub high: [u8; 16],
 }
 
 impl Table {
@@ -34,7 +34,11 @@ pub(crate) fn group_scale(largest_bits: u32) -> (f32, f32) {
     }
 }
 
-/// Quantises `x` in groups: `codes` as long as `x`, `scales` and `sums` (Σ q) one per group.
+/// Quantises `x`, whole groups of a multiple of 32, into `codes` as long as `x`, and `scales` and `sums` (Σ q), one per group.
+/// Unsafe only in that the machine must have the instruction set.
+pub(crate) type Quantize = unsafe fn(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]);
+
+/// A `Quantize`.
 pub(crate) fn quantize_portable(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
     let outputs = codes.chunks_exact_mut(group).zip(scales).zip(sums);
     for (x, ((codes, scale), sum)) in x.chunks_exact(group).zip(outputs) {
@@ -54,8 +58,8 @@ pub(crate) fn build_tables_portable(codes: &[i8], tables: &mut [Table]) {
     for (four, table) in codes.chunks_exact(4).zip(tables) {
         for i in 0..16 {
             let sum: i16 = (0..4).filter(|bit| i >> bit & 1 == 1).map(|bit| four[bit] as i16).sum();
-            table.low[i] = sum as u8;
-            table.high[i] = (sum >> 8) as i8;
+            table.low[i] = (sum & 31) as u8;
+            table.high[i] = ((sum >> 5) + 16) as u8;
         }
     }
 }

@@ -8,3 +8,60 @@ pub(crate) mod portable;
 pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
+
+#[cfg(test)]
+mod tests {
+    //! Forms that no source type of today packs into; `tests/numerics` has the others.
+
+    use crate::pack::{Codes, PackedForm, PackedMatrix, ScaleKind};
+    use crate::{available, matmul, Activations, Pool};
+
+    #[test]
+    fn every_width_group_and_offset_gives_portables_bits() {
+        let mut state = 1u64;
+        let mut random = move || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state >> 33
+        };
+        let pool = Pool::new(1);
+        let widths = [1, 2, 3, 4, 5].map(Codes::Bits).into_iter().chain([Codes::Int8, Codes::Trits5]);
+        for codes in widths {
+            let (limit, offsets): (u64, &[i8]) = match codes {
+                Codes::Bits(n) => (1 << n, &[0, -1, -(1 << (n - 1)), 1]),
+                Codes::Int8 => (256, &[0, 3]),
+                _ => (3, &[-1]),
+            };
+            for group in [32u16, 64, 96, 128, 256] {
+                for &offset in offsets {
+                    let form = PackedForm { codes, group, offset, scale: ScaleKind::F16, act_group: group };
+                    // Random codes; then the largest and the smallest throughout, against the largest activations.
+                    for extreme in [None, Some(limit - 1), Some(0)] {
+                        let cols = 2 * group as usize;
+                        let mut codes = vec![0u8; 37 * cols];
+                        codes.fill_with(|| extreme.unwrap_or_else(|| random() % limit) as u8);
+                        let w = PackedMatrix::from_codes(form, 37, cols, &codes, 0x2e66);
+                        for n in [1, 2, 3, 5] {
+                            let mut x: Vec<f32> = vec![0.0; n * cols];
+                            x.fill_with(|| random() as f32 / (1u64 << 30) as f32 - 1.0);
+                            if extreme.is_some() {
+                                x.fill([1.0, -1.0][n % 2]);
+                            }
+                            let products: Vec<Vec<u32>> = available()
+                                .into_iter()
+                                .map(|ks| {
+                                    let (mut act, mut y) = (Activations::new(), vec![0f32; n * w.rows]);
+                                    act.prepare(ks, &x, n, cols, &[form], &pool);
+                                    matmul(ks, &w, &act, &mut y, w.rows, &pool);
+                                    y.into_iter().map(f32::to_bits).collect()
+                                })
+                                .collect();
+                            for (ks, product) in available().iter().zip(&products) {
+                                assert_eq!(product, &products[0], "{} {form:?} × {n}, {extreme:?}", ks.isa);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::vector::Vector;
 use crate::dispatch::{Isa, Kernels};
-use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
+use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
 use crate::ops::{bf16_to_f32, f16_to_f32, f32_to_f16, float_ops};
 use crate::pack::trits::trit;
 use crate::pack::{bits, int8, trits, Codes, FloatKind, PackedForm, TILE};
@@ -117,18 +117,22 @@ fn grouped(args: &TileArgs, out: &mut TileOut, code: impl Fn(PackedForm, &[u8], 
     let form = args.form;
     let size = form.group as usize;
     let groups = args.k / size;
-    let group_bytes = form.group_tile_bytes();
-    for j in 0..args.count {
-        for row in 0..TILE {
-            let mut acc = 0f32;
-            for g in 0..groups {
-                let group = &args.tile[g * group_bytes..][..group_bytes];
-                let a = &args.codes[(args.first + j) * args.k + g * size..][..size];
-                let sum: i32 = (0..size).map(|k| (code(form, group, row, k) + form.offset as i32) * a[k] as i32).sum();
-                let scale = form.scale_of(group, row) * args.scales[(args.first + j) * groups + g];
-                acc = scale.mul_add(sum as f32, acc);
+    let mut weights = vec![0i32; size];
+    for row in 0..TILE {
+        let mut acc = [0f32; BATCH];
+        for (g, group) in args.tile.chunks_exact(form.group_tile_bytes()).enumerate() {
+            for (k, weight) in weights.iter_mut().enumerate() {
+                *weight = code(form, group, row, k) + form.offset as i32;
             }
-            out[j][row] = acc;
+            for (i, acc) in (args.first..args.first + args.count).zip(&mut acc) {
+                let a = &args.codes[i * args.k + g * size..][..size];
+                let sum: i32 = weights.iter().zip(a).map(|(&w, &a)| w * a as i32).sum();
+                let scale = form.scale_of(group, row) * args.scales[i * groups + g];
+                *acc = scale.mul_add(sum as f32, *acc);
+            }
+        }
+        for (out, acc) in out.iter_mut().zip(acc).take(args.count) {
+            out[row] = acc;
         }
     }
 }

@@ -3,9 +3,9 @@
 use super::{load_or_zeros, store_within};
 use crate::arch::vector::Vector;
 
-/// e^x. With n = round(x / ln 2) and r = x − n·ln 2 in two parts, |r| ≤ 0.3466, a polynomial of degree 6 (relative error below
-/// 2^−26) gives e^r; 2^n is multiplied in two exact halves, which lets the result overflow to infinity and underflow through
-/// subnormals to 0 where it should.
+/// e^x within 1 unit in the last place. With n = round(x / ln 2) and r = x − n·ln 2 in two parts, |r| ≤ 0.3466, a polynomial of
+/// degree 7 gives e^r; 2^n is multiplied in two exact halves, which lets the result overflow to infinity and underflow
+/// through subnormals to 0 where it should.
 #[inline(always)]
 pub(super) unsafe fn exp_lanes<V: Vector>(x: V) -> V {
     // Beyond these the result is 0 or infinite already. Written so that NaN passes: `max` and `min` give the second.
@@ -15,8 +15,9 @@ pub(super) unsafe fn exp_lanes<V: Vector>(x: V) -> V {
     // ln 2 in two parts; the first has few enough bits that n times it is exact.
     let r = n.fma(V::splat(-0.693_359_4), x);
     let r = n.fma(V::splat(2.121_944_4e-4), r);
-    let mut p = V::splat(1.0 / 720.0);
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+    // Minimax coefficients of Cephes' expf (S. L. Moshier), then 1 + r.
+    let mut p = V::splat(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0, 1.0] {
         p = p.fma(r, V::splat(c));
     }
     let half = n.mul(V::splat(0.5)).round();

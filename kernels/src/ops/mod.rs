@@ -155,7 +155,7 @@ pub fn silu_mul(ks: &Kernels, gate: &mut [f32], up: &[f32]) {
     unsafe { (ks.ops.silu_mul)(gate, up) }
 }
 
-/// x = e^(x − shift), within 2 units in the last place of the rounded difference; NaN stays NaN.
+/// x = e^(x − shift), within 1 unit in the last place for the rounded difference; NaN stays NaN.
 pub fn exp(ks: &Kernels, x: &mut [f32], shift: f32) {
     // SAFETY: see above.
     unsafe { (ks.ops.exp)(x, shift) }

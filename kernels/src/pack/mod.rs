@@ -233,3 +233,22 @@ fn pack_row(ty: SourceType, form: PackedForm, src: &[u8], tile: &mut [u8], row: 
         form.put(group, row, codes, scale);
     }
 }
+
+#[cfg(test)]
+impl PackedMatrix {
+    /// A matrix of any form: codes row-major, one scale (f16 bits) for all.
+    pub fn from_codes(form: PackedForm, rows: usize, cols: usize, codes: &[u8], scale: u16) -> Self {
+        let tile_bytes = form.tile_bytes(cols).unwrap();
+        let mut data = Buffer::zeroed(rows.div_ceil(TILE) * tile_bytes).unwrap();
+        data.par_chunks(&Pool::new(1), tile_bytes, |index, tile| {
+            let first = index * TILE;
+            for row in first..rows.min(first + TILE) {
+                let groups = tile.chunks_exact_mut(form.group_tile_bytes());
+                for (group, codes) in groups.zip(codes[row * cols..][..cols].chunks_exact(form.group as usize)) {
+                    form.put(group, row - first, codes, scale);
+                }
+            }
+        });
+        PackedMatrix { rows, cols, form, tile_bytes, data }
+    }
+}

@@ -83,7 +83,7 @@ const POWERS_OF_3: [u8; 5] = [1, 3, 9, 27, 81];
 
 /// Trit `n` of a TQ1_0 byte, as ggml reads it, for every byte value.
 fn tq1_trit(byte: u8, n: usize) -> u8 {
-    (byte.wrapping_mul(POWERS_OF_3[n]) as u16 * 3 >> 8) as u8
+    ((byte.wrapping_mul(POWERS_OF_3[n]) as u16 * 3) >> 8) as u8
 }
 
 /// Splits a block of a quantised type: its codes in the order of k (unsigned, or two's complement for Q8_0), and the bits

@@ -1,0 +1,109 @@
+//! Tests of the numerics through the crate's public interface: what packing keeps, that every instruction set and thread
+//! count gives the same bits, and that those bits are the specified ones.
+
+mod goldens;
+mod matmul;
+mod ops;
+mod pack;
+mod pool;
+
+use lutra_kernels::SourceType;
+
+/// SplitMix64: seeded, the same everywhere.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Random(seed)
+    }
+
+    pub fn word(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.word() % n as u64) as usize
+    }
+
+    /// In −1 .. 1.
+    pub fn float(&mut self) -> f32 {
+        (self.word() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+
+    pub fn bytes(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| self.word() as u8).collect()
+    }
+}
+
+/// The same bits, or NaN both: which NaN comes out of NaNs is not specified.
+pub fn same(a: f32, b: f32) -> bool {
+    a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
+}
+
+#[track_caller]
+pub fn assert_same(a: &[f32], b: &[f32], what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}: lengths");
+    for (i, (&x, &y)) in a.iter().zip(b).enumerate() {
+        assert!(same(x, y), "{what}: element {i} is {x:?} ({:08x}) and {y:?} ({:08x})", x.to_bits(), y.to_bits());
+    }
+}
+
+/// Where a block's f16 scale is, if it has one.
+pub fn scale_at(ty: SourceType) -> Option<usize> {
+    match ty {
+        SourceType::F32 | SourceType::F16 | SourceType::BF16 => None,
+        SourceType::Q4_0 | SourceType::Q8_0 => Some(0),
+        SourceType::TQ1_0 => Some(52),
+        SourceType::TQ2_0 => Some(64),
+    }
+}
+
+/// How source bytes are made.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights {
+    /// Random codes, scales around 0.01, floats in −1 .. 1.
+    Sane,
+    /// Random bytes throughout: scales and floats may be NaN, infinite, subnormal.
+    Hostile,
+    /// This byte for every code, scale 1.
+    Fill(u8),
+}
+
+/// Source bytes of `count` weights, whole blocks.
+pub fn source(ty: SourceType, count: usize, weights: Weights, random: &mut Random) -> Vec<u8> {
+    let mut bytes = match weights {
+        Weights::Fill(byte) => vec![byte; count / ty.block_elements() * ty.block_bytes()],
+        _ => random.bytes(count / ty.block_elements() * ty.block_bytes()),
+    };
+    if let Weights::Hostile = weights {
+        return bytes;
+    }
+    for block in bytes.chunks_exact_mut(ty.block_bytes()) {
+        match (scale_at(ty), weights) {
+            (Some(at), Weights::Fill(_)) => block[at..at + 2].copy_from_slice(&0x3c00u16.to_le_bytes()),
+            // 2^-7 and below, either sign.
+            (Some(at), _) => {
+                let scale = (random.word() & 0x83ff) as u16 | 0x2000;
+                block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+            }
+            (None, Weights::Sane) => {
+                let value = random.float();
+                match ty {
+                    SourceType::F32 => block.copy_from_slice(&value.to_le_bytes()),
+                    // Of the top bits: a half float of exponent 2^-15 .. 2^0, a bfloat16 of the value.
+                    SourceType::F16 => block.copy_from_slice(&(random.word() as u16 & 0xbbff).to_le_bytes()),
+                    _ => block.copy_from_slice(&((value.to_bits() >> 16) as u16).to_le_bytes()),
+                }
+            }
+            (None, _) => {}
+        }
+    }
+    bytes
+}

@@ -1,0 +1,262 @@
+//! Products: every instruction set gives portable's bits, and portable gives the specified ones.
+
+use crate::{assert_same, scale_at, source, Random, Weights};
+use lutra_kernels::{
+    available, dequantize, matmul, pack, select, Activations, Kernels, PackedMatrix, Pool, SourceType,
+};
+
+/// y = x·Wᵀ with activations prepared for this matrix alone.
+fn product(ks: &Kernels, w: &PackedMatrix, x: &[f32], pool: &Pool) -> Vec<f32> {
+    let n = x.len() / w.cols;
+    let mut act = Activations::new();
+    act.prepare(ks, x, n, w.cols, &[w.form], pool);
+    let mut y = vec![f32::NAN; n * w.rows];
+    matmul(ks, w, &act, &mut y, w.rows, pool);
+    y
+}
+
+/// The specification, written from the source blocks: no packing, no tiles.
+fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
+    let block = ty.block_elements();
+    let mut y = vec![];
+    let Some(at) = scale_at(ty) else {
+        let mut w = vec![0f32; rows * cols];
+        dequantize(ty, src, &mut w).unwrap();
+        for x in x.chunks_exact(cols) {
+            for w in w.chunks_exact(cols) {
+                let mut acc = [0f32; 4];
+                for k in 0..cols {
+                    acc[k % 4] = w[k].mul_add(x[k], acc[k % 4]);
+                }
+                y.push((acc[0] + acc[1]) + (acc[2] + acc[3]));
+            }
+        }
+        return y;
+    };
+    // Codes are what the block is worth with a scale of 1.
+    let mut unit = src.to_vec();
+    let mut scales = vec![];
+    for bytes in unit.chunks_exact_mut(ty.block_bytes()) {
+        let mut scale = [0f32];
+        dequantize(SourceType::F16, &bytes[at..at + 2], &mut scale).unwrap();
+        scales.push(scale[0]);
+        bytes[at..at + 2].copy_from_slice(&0x3c00u16.to_le_bytes());
+    }
+    let mut codes = vec![0f32; rows * cols];
+    dequantize(ty, &unit, &mut codes).unwrap();
+    for x in x.chunks_exact(cols) {
+        let quantized: Vec<(f32, Vec<i32>)> = x
+            .chunks_exact(block)
+            .map(|x| {
+                if !x.iter().all(|v| v.is_finite()) {
+                    return (f32::NAN, vec![0; block]);
+                }
+                let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+                if largest < 1e-30 {
+                    return (0.0, vec![0; block]);
+                }
+                let factor = 127.0 / largest;
+                (largest / 127.0, x.iter().map(|v| (v * factor).round_ties_even() as i32).collect())
+            })
+            .collect();
+        for row in 0..rows {
+            let mut acc = 0f32;
+            for (g, (d, q)) in quantized.iter().enumerate() {
+                let codes = &codes[row * cols + g * block..][..block];
+                let sum: i32 = codes.iter().zip(q).map(|(&w, &a)| w as i32 * a).sum();
+                acc = (scales[row * cols / block + g] * d).mul_add(sum as f32, acc);
+            }
+            y.push(acc);
+        }
+    }
+    y
+}
+
+/// Rows of activations: n × k.
+fn activations(kind: usize, n: usize, k: usize, random: &mut Random) -> Vec<f32> {
+    let mut x = random.floats(n * k);
+    match kind {
+        0 => {}
+        1 => x.fill(0.0),
+        // Every code is 127 or −127: the largest sums there are.
+        2 => x.fill(1.0),
+        3 => x.fill(-1.0),
+        4 => x.iter_mut().enumerate().for_each(|(i, v)| *v = if i % 2 == 0 { 1.0 } else { -1.0 }),
+        5 => x.iter_mut().enumerate().for_each(|(i, v)| *v = if i / 4 % 2 == 0 { 1.0 } else { -1.0 }),
+        // Groups of very different size, and ones that vanish.
+        6 => x.iter_mut().enumerate().for_each(|(i, v)| *v *= [1e30, 1.0, 1e-33, 1e-40, 1e-29][i / 32 % 5]),
+        7 => x.iter_mut().enumerate().for_each(|(i, v)| *v = if i % 37 == 5 { f32::NAN } else { *v }),
+        8 => x.iter_mut().enumerate().for_each(|(i, v)| *v = if i % 41 == 7 { f32::INFINITY } else { *v }),
+        9 => x.iter_mut().enumerate().for_each(|(i, v)| *v = if i % 3 == 0 { f32::MAX } else { -f32::MAX }),
+        // Halves between codes: rounding to even matters.
+        10 => {
+            x.iter_mut().enumerate().for_each(|(i, v)| *v = if i % 32 == 0 { 127.0 } else { (i % 200) as f32 - 99.5 })
+        }
+        _ => x.iter_mut().for_each(|v| *v = f32::from_bits(random.word() as u32)),
+    }
+    x
+}
+const KINDS: usize = 12;
+
+fn shapes(ty: SourceType) -> &'static [(usize, usize)] {
+    match ty.block_elements() {
+        1 => &[(1, 1), (16, 3), (17, 4), (33, 5), (40, 64), (64, 172)],
+        32 => &[(1, 32), (31, 64), (33, 96), (64, 160)],
+        _ => &[(1, 256), (33, 512), (64, 768)],
+    }
+}
+
+#[test]
+fn portable_gives_the_specified_bits() {
+    let mut random = Random::new(2);
+    let (ks, pool) = (select(Some("portable")).unwrap(), Pool::new(1));
+    for ty in SourceType::ALL {
+        for &(rows, cols) in shapes(ty) {
+            for kind in 0..KINDS {
+                for weights in [Weights::Sane, Weights::Hostile] {
+                    let src = source(ty, rows * cols, weights, &mut random);
+                    let x = activations(kind, 2, cols, &mut random);
+                    let w = pack(ty, &src, rows, cols, &pool).unwrap();
+                    let what = format!("{ty:?} {rows}×{cols} {weights:?} activations {kind}");
+                    assert_same(&product(ks, &w, &x, &pool), &specified(ty, &src, rows, cols, &x), &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_gives_portables_bits() {
+    let mut random = Random::new(3);
+    let (portable, pool) = (select(Some("portable")).unwrap(), Pool::new(1));
+    let fills = [0x00, 0x11, 0x55, 0x80, 0xaa, 0xff].map(Weights::Fill);
+    for ty in SourceType::ALL {
+        for &(rows, cols) in shapes(ty) {
+            for kind in 0..KINDS {
+                for weights in [Weights::Sane, Weights::Hostile].into_iter().chain(fills) {
+                    let n = 1 + random.below(7);
+                    let src = source(ty, rows * cols, weights, &mut random);
+                    let x = activations(kind, n, cols, &mut random);
+                    let w = pack(ty, &src, rows, cols, &pool).unwrap();
+                    let expected = product(portable, &w, &x, &pool);
+                    for ks in available() {
+                        let what = format!("{} {ty:?} {rows}×{cols} {weights:?} activations {kind} × {n}", ks.isa);
+                        assert_same(&product(ks, &w, &x, &pool), &expected, &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_sums_are_exact() {
+    // Weights of one sign against activations chosen to make every subset sum, plane and group as large as it can be; the
+    // value is known without any kernel: rows × k × 127 × code × (1/127).
+    let pool = Pool::new(1);
+    for (ty, byte, code) in [
+        (SourceType::TQ2_0, 0xffu8, 2.0),
+        (SourceType::TQ2_0, 0x00, -1.0),
+        (SourceType::Q4_0, 0x00, -8.0),
+        (SourceType::Q4_0, 0xff, 7.0),
+        (SourceType::Q8_0, 0x80, -128.0),
+        (SourceType::Q8_0, 0x7f, 127.0),
+        (SourceType::TQ1_0, 0xff, 1.0),
+        (SourceType::TQ1_0, 0x00, -1.0),
+    ] {
+        let k = 512;
+        let src = source(ty, 32 * k, Weights::Fill(byte), &mut Random::new(0));
+        let w = pack(ty, &src, 32, k, &pool).unwrap();
+        for sign in [1.0f32, -1.0] {
+            let x = vec![127.0 * sign; k]; // d = 1, so that the product is the integer itself
+            for ks in available() {
+                let y = product(ks, &w, &x, &pool);
+                let expected = k as f32 * 127.0 * code * sign;
+                assert!(y.iter().all(|&v| v == expected), "{} {ty:?} {byte:#x}: {} for {expected}", ks.isa, y[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_batches_and_shared_preparation_change_nothing() {
+    let mut random = Random::new(4);
+    let pools = [1, 2, 3, 8].map(Pool::new);
+    for ty in SourceType::ALL {
+        let (rows, cols, n) = (150, 768, 9);
+        let src = source(ty, rows * cols, Weights::Sane, &mut random);
+        let w = pack(ty, &src, rows, cols, &pools[1]).unwrap();
+        let x = random.floats(n * cols);
+        for ks in available() {
+            let expected = product(ks, &w, &x, &pools[0]);
+            for pool in &pools {
+                let what = format!("{} {ty:?} {} threads", ks.isa, pool.threads());
+                assert_same(&product(ks, &w, &x, pool), &expected, &what);
+            }
+            for (i, x) in x.chunks_exact(cols).enumerate() {
+                let alone = product(ks, &w, x, &pools[1]);
+                assert_same(&alone, &expected[i * rows..][..rows], &format!("{} {ty:?} row {i} alone", ks.isa));
+            }
+            // One scratch, used before for more rows and for other forms, and a wider output.
+            let forms = SourceType::ALL.map(lutra_kernels::PackedForm::of);
+            let mut act = Activations::new();
+            act.prepare(ks, &random.floats(12 * 1024), 12, 1024, &forms, &pools[1]);
+            act.prepare(ks, &x, n, cols, &forms, &pools[1]);
+            let stride = rows + 5;
+            let mut y = vec![7f32; (n - 1) * stride + rows];
+            matmul(ks, &w, &act, &mut y, stride, &pools[2]);
+            for (i, y) in y.chunks(stride).enumerate() {
+                assert_same(&y[..rows], &expected[i * rows..][..rows], &format!("{} {ty:?} shared", ks.isa));
+                assert!(y[rows..].iter().all(|&v| v == 7.0), "{} {ty:?} wrote between rows", ks.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_near_the_exact_ones() {
+    // Against f64 on the dequantised weights. Rounding activations to 8 bits errs by at most d/2 each, d = max|x|/127 ≤ 1/127;
+    // the f32 sums add no more than 1e-5 of Σ|w·x|.
+    let mut random = Random::new(5);
+    let pool = Pool::new(1);
+    for ty in SourceType::ALL {
+        let (rows, cols) = (40, 768);
+        let src = source(ty, rows * cols, Weights::Sane, &mut random);
+        let mut w = vec![0f32; rows * cols];
+        dequantize(ty, &src, &mut w).unwrap();
+        let packed = pack(ty, &src, rows, cols, &pool).unwrap();
+        let x = random.floats(cols);
+        for ks in available() {
+            for (y, w) in product(ks, &packed, &x, &pool).into_iter().zip(w.chunks_exact(cols)) {
+                let terms = || w.iter().zip(&x).map(|(&w, &x)| w as f64 * x as f64);
+                let rounding: f64 = w.iter().map(|w| w.abs() as f64 / 254.0).sum();
+                let quantized = if scale_at(ty).is_some() { rounding } else { 0.0 };
+                let bound = quantized + 1e-5 * terms().map(f64::abs).sum::<f64>();
+                let exact: f64 = terms().sum();
+                assert!((y as f64 - exact).abs() <= bound, "{} {ty:?}: {y} for {exact} ± {bound}", ks.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn selection_is_by_name() {
+    assert_eq!(select(Some("portable")).unwrap().isa.name(), "portable");
+    assert_eq!(available()[0].isa.name(), "portable");
+    for ks in available() {
+        assert_eq!(select(Some(ks.isa.name())).unwrap().isa, ks.isa);
+    }
+    let error = select(Some("mmx")).unwrap_err();
+    assert!(error.code == -3 && error.message.contains("portable"), "{error}");
+}
+
+#[test]
+#[should_panic(expected = "were not prepared")]
+fn unprepared_activations_are_refused() {
+    let (ks, pool) = (select(None).unwrap(), Pool::new(1));
+    let src = source(SourceType::Q4_0, 64, Weights::Fill(0), &mut Random::new(0));
+    let w = pack(SourceType::Q4_0, &src, 1, 64, &pool).unwrap();
+    let mut act = Activations::new();
+    act.prepare(ks, &[0.0; 64], 1, 64, &[lutra_kernels::PackedForm::of(SourceType::F32)], &pool);
+    matmul(ks, &w, &act, &mut [0.0], 1, &pool);
+}

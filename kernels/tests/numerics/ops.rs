@@ -1,0 +1,171 @@
+//! Float operations: every instruction set gives portable's bits, and they are near the exact values.
+
+use crate::{assert_same, same, Random};
+use lutra_kernels::ops::{self, RopeStyle};
+use lutra_kernels::{available, select, Kernels};
+
+const LENGTHS: [usize; 14] = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 172, 1000];
+
+/// Values of a kind: ordinary, large and small, or any bits.
+fn values(kind: usize, n: usize, random: &mut Random) -> Vec<f32> {
+    (0..n)
+        .map(|_| match kind {
+            0 => random.float() * 4.0,
+            1 => random.float() * [1e-38, 1e-20, 1.0, 100.0, 1e20, 1e38][random.below(6)],
+            _ => f32::from_bits(random.word() as u32),
+        })
+        .collect()
+}
+
+/// Everything an operation gives, as one list.
+fn all_ops(ks: &Kernels, x: &[f32], y: &[f32], half: &[u16]) -> Vec<(&'static str, Vec<f32>)> {
+    let n = x.len();
+    let on = |f: &dyn Fn(&mut [f32])| {
+        let mut out = x.to_vec();
+        f(&mut out);
+        out
+    };
+    let mut normed = vec![0.0; n];
+    ops::rms_norm(ks, x, y, 1e-5, &mut normed);
+    let mut halves = vec![0u16; n];
+    ops::to_f16(ks, x, &mut halves);
+    let mut floats = vec![0.0; n];
+    ops::from_f16(ks, half, &mut floats);
+    let angles = n / 2;
+    vec![
+        ("add", on(&|x| ops::add(ks, x, y))),
+        ("scale", on(&|x| ops::scale(ks, x, 1.7))),
+        ("silu_mul", on(&|x| ops::silu_mul(ks, x, y))),
+        ("exp", on(&|x| ops::exp(ks, x, 0.3))),
+        ("softmax", on(&|x| ops::softmax(ks, x))),
+        ("rms_norm", normed),
+        ("dot", vec![ops::dot(ks, x, y)]),
+        ("dot_f16", vec![ops::dot_f16(ks, x, half)]),
+        ("axpy", on(&|x| ops::axpy(ks, x, 0.37, y))),
+        ("axpy_f16", on(&|x| ops::axpy_f16(ks, x, 0.37, half))),
+        ("max", vec![ops::max(ks, x)]),
+        ("sum", vec![ops::sum(ks, x)]),
+        ("to_f16", halves.into_iter().map(f32::from).collect()),
+        ("from_f16", floats),
+        ("rope norm", on(&|x| ops::rope(ks, x, &y[..angles], &y[angles..2 * angles], RopeStyle::Norm))),
+        ("rope neox", on(&|x| ops::rope(ks, x, &y[..angles], &y[angles..2 * angles], RopeStyle::Neox))),
+    ]
+}
+
+#[test]
+fn every_instruction_set_gives_portables_bits() {
+    let mut random = Random::new(6);
+    let portable = select(Some("portable")).unwrap();
+    for n in LENGTHS {
+        for kind in 0..3 {
+            let (x, y) = (values(kind, n, &mut random), values(kind, n, &mut random));
+            let half: Vec<u16> = (0..n).map(|_| random.word() as u16).collect();
+            let expected = all_ops(portable, &x, &y, &half);
+            for ks in available() {
+                for ((name, got), (_, expected)) in all_ops(ks, &x, &y, &half).iter().zip(&expected) {
+                    assert_same(got, expected, &format!("{} {name} of {n}, kind {kind}", ks.isa));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn reductions_have_the_specified_order() {
+    let mut random = Random::new(7);
+    let ks = select(None).unwrap();
+    for n in LENGTHS {
+        let (a, b) = (random.floats(n), random.floats(n));
+        let mut lanes = [0f32; 16];
+        for i in 0..n {
+            lanes[i % 16] = a[i].mul_add(b[i], lanes[i % 16]);
+        }
+        let v: Vec<f32> = (0..8).map(|i| lanes[i] + lanes[i + 8]).collect();
+        let tree = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+        assert!(same(ops::dot(ks, &a, &b), tree), "dot of {n}");
+    }
+}
+
+#[test]
+fn exp_is_accurate_from_underflow_to_overflow() {
+    for ks in available() {
+        let mut worst = 0f64;
+        for i in -110_000..=95_000 {
+            let x = i as f32 / 1000.0;
+            let mut y = [x];
+            ops::exp(ks, &mut y, 0.0);
+            let exact = (x as f64).exp();
+            if exact > f32::MAX as f64 * (1.0 + 6e-8) {
+                assert_eq!(y[0], f32::INFINITY, "e^{x}");
+            } else {
+                // One unit in the last place of the result; of a subnormal one 2^-149.
+                let unit = 2f64.powi(exact.log2().floor().max(-126.0) as i32 - 23);
+                worst = worst.max((y[0] as f64 - exact).abs() / unit);
+            }
+        }
+        assert!(worst <= 1.0, "{}: {worst} units", ks.isa);
+        let mut special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MAX, f32::MIN];
+        ops::exp(ks, &mut special, 0.0);
+        assert!(special[0].is_nan());
+        assert_eq!(special[1..], [f32::INFINITY, 0.0, 1.0, 1.0, f32::INFINITY, 0.0]);
+    }
+}
+
+#[test]
+fn results_are_near_the_exact_ones() {
+    let mut random = Random::new(8);
+    let ks = select(None).unwrap();
+    for n in LENGTHS {
+        let (x, w) = (values(0, n, &mut random), values(0, n, &mut random));
+        let near = |got: f32, exact: f64, size: f64, what: &str| {
+            assert!((got as f64 - exact).abs() <= 2e-6 * size.max(exact.abs()), "{what} of {n}: {got} for {exact}");
+        };
+        let wide = |v: &[f32]| v.iter().map(|&v| v as f64).collect::<Vec<_>>();
+        let (x64, w64) = (wide(&x), wide(&w));
+        let mut out = vec![0.0; n];
+        ops::rms_norm(ks, &x, &w, 1e-5, &mut out);
+        let rms = (x64.iter().map(|v| v * v).sum::<f64>() / n as f64 + 1e-5).sqrt();
+        for i in 0..n {
+            near(out[i], x64[i] / rms * w64[i], 0.0, "rms_norm");
+        }
+        let products = || x64.iter().zip(&w64).map(|(a, b)| a * b);
+        near(ops::dot(ks, &x, &w), products().sum(), products().map(f64::abs).sum(), "dot");
+        near(ops::sum(ks, &x), x64.iter().sum(), x64.iter().map(|v| v.abs()).sum(), "sum");
+        out.copy_from_slice(&x);
+        ops::silu_mul(ks, &mut out, &w);
+        for i in 0..n {
+            near(out[i], x64[i] / (1.0 + (-x64[i]).exp()) * w64[i], 0.0, "silu_mul");
+        }
+        out.copy_from_slice(&x);
+        ops::softmax(ks, &mut out);
+        let total: f64 = x64.iter().map(|v| v.exp()).sum();
+        for i in 0..n {
+            near(out[i], x64[i].exp() / total, 0.0, "softmax");
+        }
+    }
+}
+
+#[test]
+fn max_passes_over_nan() {
+    for ks in available() {
+        let mut x = vec![f32::NAN; 20];
+        assert_eq!(ops::max(ks, &x), f32::NEG_INFINITY);
+        for i in 0..20 {
+            x[i] = -(i as f32);
+            assert_eq!(ops::max(ks, &x), 0.0);
+        }
+        assert_eq!(ops::max(ks, &[]), f32::NEG_INFINITY);
+    }
+}
+
+#[test]
+fn rope_rotates_pairs_and_leaves_the_rest() {
+    let ks = select(None).unwrap();
+    let (cos, sin) = ([0.0, 1.0], [1.0, 0.0]); // a quarter turn, none
+    let mut x = [1.0, 2.0, 3.0, 4.0, 5.0];
+    ops::rope(ks, &mut x, &cos, &sin, RopeStyle::Norm);
+    assert_eq!(x, [-2.0, 1.0, 3.0, 4.0, 5.0]);
+    let mut x = [1.0, 2.0, 3.0, 4.0, 5.0];
+    ops::rope(ks, &mut x, &cos, &sin, RopeStyle::Neox);
+    assert_eq!(x, [-3.0, 2.0, 1.0, 4.0, 5.0]);
+}

@@ -1,0 +1,79 @@
+//! The thread pool: every part once, panics passed on, nobody left hanging.
+
+use lutra_kernels::Pool;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering::*};
+use std::time::Duration;
+
+#[test]
+fn every_part_runs_once() {
+    for threads in [0, 1, 2, 3, 16] {
+        let pool = Pool::new(threads);
+        assert_eq!(pool.threads(), threads.max(1));
+        for parts in [0, 1, 2, 3, 7, 100] {
+            let counts: Vec<_> = (0..parts).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(parts, &|part| {
+                counts[part].fetch_add(1, Relaxed);
+            });
+            assert!(counts.iter().all(|count| count.load(Relaxed) == 1), "{threads} threads, {parts} parts");
+        }
+    }
+}
+
+#[test]
+fn many_short_jobs_and_pauses_lose_no_wake_up() {
+    let pool = Pool::new(4);
+    let total = AtomicUsize::new(0);
+    for job in 0..3000 {
+        pool.run(8, &|part| {
+            total.fetch_add(part, Relaxed);
+        });
+        if job % 500 == 0 {
+            std::thread::sleep(Duration::from_millis(2)); // workers fall asleep
+        }
+    }
+    assert_eq!(total.load(Relaxed), 3000 * 28);
+}
+
+#[test]
+fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+    let pool = Pool::new(3);
+    for bad in 0..9 {
+        let done = AtomicUsize::new(0);
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(9, &|part| {
+                if part == bad {
+                    std::panic::panic_any(part);
+                }
+                done.fetch_add(1, Relaxed);
+            });
+        }));
+        assert_eq!(result.unwrap_err().downcast_ref::<usize>(), Some(&bad));
+        assert!(done.load(Relaxed) >= 6, "the other threads finish their parts");
+    }
+    let done = AtomicUsize::new(0);
+    pool.run(9, &|_| {
+        done.fetch_add(1, Relaxed);
+    });
+    assert_eq!(done.load(Relaxed), 9);
+}
+
+#[test]
+fn callers_take_turns_and_nesting_runs_inline() {
+    let pool = Pool::new(3);
+    let total = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..100 {
+                    pool.run(5, &|_| {
+                        pool.run(2, &|_| {
+                            total.fetch_add(1, Relaxed);
+                        });
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(total.load(Relaxed), 4 * 100 * 5 * 2);
+}
