@@ -274,9 +274,14 @@ export class Engine {
     await this.close();
   }
 
+  /** Why it answers no more; `undefined` while it does. */
+  get failure(): ClusterError | undefined {
+    return this.#closing === undefined ? this.#failure : new EngineClosedError();
+  }
+
   #checkOpen(): void {
-    if (this.#closing !== undefined) throw new EngineClosedError();
-    if (this.#failure !== undefined) throw this.#failure;
+    const { failure } = this;
+    if (failure !== undefined) throw failure;
   }
 
   /** A worker that holds a stage leaves: what runs cannot go on. */

@@ -1,0 +1,96 @@
+import assert from "node:assert/strict";
+import { fixture, repoPath } from "../tests/data.ts";
+
+/** Runs the command line as a user does. */
+async function lutra(args: string[], options: { stdin?: string; permissions?: string } = {}) {
+  const child = new Deno.Command(Deno.execPath(), {
+    args: ["run", `-P=${options.permissions ?? "run"}`, repoPath("mod.ts"), ...args],
+    cwd: repoPath(),
+    stdin: options.stdin === undefined ? "null" : "piped",
+    stdout: "piped",
+    stderr: "piped",
+    env: { NO_COLOR: "1" },
+  }).spawn();
+  if (options.stdin !== undefined) {
+    const writer = child.stdin.getWriter();
+    await writer.write(new TextEncoder().encode(options.stdin));
+    await writer.close();
+  }
+  const { code, stdout, stderr } = await child.output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  return { code, stdout: text(stdout), stderr: text(stderr) };
+}
+
+const model = fixture("llama-q-Q4_0.gguf");
+
+Deno.test("run: the same seed prints the same answer, on one and on two shards, from argument and standard input", async () => {
+  const flags = ["--raw", "--max-tokens", "12", "--seed", "5", "--threads", "1"];
+  const one = await lutra(["run", model, "The otter", ...flags]);
+  assert.equal(one.code, 0, one.stderr);
+  assert.ok(one.stdout.startsWith("The otter"));
+  assert.ok(one.stdout.length > "The otter\n".length);
+  assert.match(one.stderr, /answer 12 tokens/);
+  const two = await lutra(["run", model, "-", ...flags, "--shards", "2"], { stdin: "The otter\n" });
+  assert.equal(two.stdout, one.stdout);
+});
+
+Deno.test("run --json: prints one object with usage", async () => {
+  const { code, stdout } = await lutra(["run", model, "Hello", "--json", "--max-tokens", "5", "--temperature", "0"]);
+  assert.equal(code, 0);
+  const result = JSON.parse(stdout);
+  assert.equal(result.prompt, "Hello");
+  assert.ok(result.usage.completionTokens <= 5);
+});
+
+Deno.test("run: holds a conversation line by line", async () => {
+  const { code, stdout, stderr } = await lutra(["run", model, "--max-tokens", "4", "--seed", "1"], {
+    stdin: "Hello\nAnd you?\n/exit\n",
+  });
+  assert.equal(code, 0, stderr);
+  assert.equal(stderr.match(/answer \d+ tokens/g)?.length, 2, stderr);
+  assert.ok(stdout.length > 0);
+});
+
+Deno.test("inspect: tells of a model, as text and as JSON", async () => {
+  const text = await lutra(["inspect", model]);
+  assert.equal(text.code, 0, text.stderr);
+  assert.match(text.stdout, /5 layers of 256/);
+  assert.match(text.stdout, /Q4_0 +37/);
+  const json = JSON.parse((await lutra(["inspect", model, "--json", "--tensors"])).stdout);
+  assert.equal(json.supported, true);
+  assert.equal(json.hyper.layers, 5);
+  assert.equal(json.tensors.length, 48);
+});
+
+Deno.test("bench --json: reports rates and their share of the bandwidth", async () => {
+  const flags = ["--prompt-tokens", "8", "--gen-tokens", "4", "--repetitions", "1", "--bandwidth-mib", "16"];
+  const { code, stdout, stderr } = await lutra(["bench", model, "--json", ...flags]);
+  assert.equal(code, 0, stderr);
+  const result = JSON.parse(stdout);
+  assert.ok(result.prefillTokS > 0 && result.decodeTokS > 0 && result.bandwidthGBps > 0 && result.share > 0);
+  assert.equal(result.weightBytesPerStep > 1e5, true);
+});
+
+for (
+  const [what, args, code, message] of [
+    [
+      "a model that is not there",
+      ["run", fixture("missing.gguf"), "x"],
+      1,
+      /there is no file .*missing\.gguf.*There are .*\.gguf/,
+    ],
+    ["a file that is no GGUF", ["run", fixture("goldens.json"), "x"], 1, /is no GGUF file/],
+    ["an option out of range", ["run", model, "x", "--top-p", "7"], 2, /number from 0 to 1/],
+    ["an unknown command", ["walk"], 2, /unknown command 'walk'/],
+    ["a prompt that is too long", ["run", model, "otter ".repeat(400), "--raw"], 1, /context/],
+    ["more shards than layers", ["run", model, "x", "--shards", "9"], 1, /layer/],
+    ["an instruction set that is not there", ["run", model, "x", "--isa", "mmx"], 1, /mmx.*available: portable/],
+  ] as const
+) {
+  Deno.test(`errors: ${what} is told in one line, without a stack`, async () => {
+    const result = await lutra([...args]);
+    assert.equal(result.code, code, result.stderr);
+    assert.match(result.stderr, message);
+    assert.doesNotMatch(result.stderr, /^ +at /m);
+  });
+}

@@ -1,0 +1,336 @@
+import { createHash, timingSafeEqual } from "node:crypto";
+import { Hono } from "hono";
+import type { Context } from "hono";
+import { bodyLimit } from "hono/body-limit";
+import { cors } from "hono/cors";
+import type { z } from "zod";
+import type { Engine } from "../engine.ts";
+import type { Usage } from "../request.ts";
+import { ApiError, toApiError } from "./errors.ts";
+import { finish, logprobsOf, startGeneration } from "./generation.ts";
+import type { FinishedChoice, Generation, TokenLogprobs } from "./generation.ts";
+import { chatSchema, completionSchema, refuseUnsupported } from "./schema.ts";
+import type { ChatBody, CommonBody, CompletionBody } from "./schema.ts";
+import { eventStream } from "./sse.ts";
+
+/** Options of {@linkcode createApp}. */
+export interface AppOptions {
+  engine: Engine;
+  /** The model's name for clients. Default: the engine's. */
+  modelId?: string;
+  /** Asked of clients as a bearer token. Default: none is needed. */
+  apiKey?: string;
+  /** Let pages of other origins use the API. @default {false} */
+  cors?: boolean;
+  /** HTML served at `/`. */
+  page?: string;
+  /** Most bytes of a request's body. @default {4194304} */
+  maxBodyBytes?: number;
+  /** Told of errors that clients are not told of. Default: `console.error`. */
+  onError?: (error: unknown) => void;
+}
+
+const CHAT = { object: "chat.completion", chunk: "chat.completion.chunk", prefix: "chatcmpl" } as const;
+const COMPLETION = { object: "text_completion", chunk: "text_completion", prefix: "cmpl" } as const;
+
+/** The HTTP interface: OpenAI's chat, completion and model routes, a health check and the web page. */
+export function createApp(options: AppOptions): Hono {
+  const { engine, apiKey, page, maxBodyBytes = 4 << 20 } = options;
+  const modelId = options.modelId ?? engine.model.id;
+  const created = Math.floor(Date.now() / 1000);
+  const app = new Hono();
+  const fail = (c: Context, error: unknown) => {
+    const known = toApiError(error);
+    if (known.status >= 500) (options.onError ?? console.error)(error);
+    return c.json(known.body, known.status, { ...known.headers });
+  };
+  app.onError((error, c) => fail(c, error));
+  app.notFound((c) => fail(c, new ApiError(404, `there is no ${c.req.method} ${c.req.path}`, { code: "not_found" })));
+
+  if (options.cors === true) app.use("/v1/*", cors());
+  if (apiKey !== undefined) {
+    const digest = (text: string) => createHash("sha256").update(text).digest();
+    const wanted = digest(`Bearer ${apiKey}`);
+    app.use("/v1/*", async (c, next) => {
+      if (c.req.method !== "OPTIONS" && !timingSafeEqual(digest(c.req.header("authorization") ?? ""), wanted)) {
+        throw new ApiError(401, "the API key is missing or wrong", {
+          type: "authentication_error",
+          code: "invalid_api_key",
+          headers: { "www-authenticate": "Bearer" },
+        });
+      }
+      await next();
+    });
+  }
+  app.use(
+    "/v1/*",
+    bodyLimit({
+      maxSize: maxBodyBytes,
+      onError: (c) => fail(c, new ApiError(413, `the body exceeds ${maxBodyBytes} bytes`, { code: "body_too_large" })),
+    }),
+  );
+
+  if (page !== undefined) {
+    const headers = pageHeaders(page);
+    app.get("/", (c) => c.html(page, 200, headers));
+  }
+  app.get("/healthz", (c) => {
+    const { failure } = engine;
+    if (failure !== undefined) {
+      return c.json({ status: "unavailable", reason: failure.message }, 503, { "retry-after": "5" });
+    }
+    const { running, waiting } = engine.stats();
+    return c.json({ status: "ok", model: modelId, running, waiting });
+  });
+  const modelObject = { id: modelId, object: "model", created, owned_by: "lutra" };
+  app.get("/v1/models", (c) => c.json({ object: "list", data: [modelObject] }));
+  app.get("/v1/models/:id{.+}", (c) => {
+    checkModel(c.req.param("id"));
+    return c.json(modelObject);
+  });
+  app.post("/v1/chat/completions", async (c) => {
+    const body = await readBody(c, chatSchema);
+    const topLogprobs = body.logprobs === true ? body.top_logprobs ?? 0 : undefined;
+    const maxTokens = body.max_completion_tokens ?? body.max_tokens;
+    const generation = startGeneration(engine, body, [chatPrompt(engine, body)], {
+      maxTokens,
+      topLogprobs,
+      signal: c.req.raw.signal,
+    });
+    return body.stream === true ? streamChat(body, generation) : await wholeChat(c, body, generation);
+  });
+  app.post("/v1/completions", async (c) => {
+    const body = await readBody(c, completionSchema);
+    if (body.echo === true && body.logprobs !== undefined) {
+      throw new ApiError(400, "echo with logprobs is not supported", { param: "echo", code: "unsupported_parameter" });
+    }
+    const prompts = completionPrompts(engine, body);
+    const generation = startGeneration(engine, body, prompts, {
+      maxTokens: body.max_tokens ?? 16, // OpenAI's default
+      topLogprobs: body.logprobs,
+      signal: c.req.raw.signal,
+    });
+    const echoes = prompts.map((ids) => body.echo === true ? engine.model.tokenizer.decode(ids) : "");
+    return body.stream === true
+      ? streamCompletion(body, generation, echoes)
+      : await wholeCompletion(c, body, generation, echoes);
+  });
+
+  function checkModel(model: string | undefined): void {
+    if (model === undefined || model === modelId) return;
+    throw new ApiError(404, `the model ${JSON.stringify(model)} does not exist; there is ${JSON.stringify(modelId)}`, {
+      param: "model",
+      code: "model_not_found",
+    });
+  }
+
+  async function readBody<T extends z.ZodType<{ model?: string | undefined }>>(
+    c: Context,
+    schema: T,
+  ): Promise<z.infer<T>> {
+    let value: unknown;
+    try {
+      value = JSON.parse(await c.req.text());
+    } catch (cause) {
+      throw new ApiError(400, "the body is not JSON", { cause });
+    }
+    if (typeof value !== "object" || value === null || Array.isArray(value)) {
+      throw new ApiError(400, "the body is no JSON object");
+    }
+    refuseUnsupported(value as Record<string, unknown>);
+    const body = schema.parse(value);
+    checkModel(body.model);
+    return body;
+  }
+
+  function envelope(kind: typeof CHAT | typeof COMPLETION, stream: boolean) {
+    return {
+      id: `${kind.prefix}-${crypto.randomUUID().replaceAll("-", "")}`,
+      object: stream ? kind.chunk : kind.object,
+      created: Math.floor(Date.now() / 1000),
+      model: modelId,
+    };
+  }
+
+  async function whole(generation: Generation, ignoreEos: boolean): Promise<FinishedChoice[]> {
+    try {
+      return await Promise.all(generation.choices.map((choice) => finish(engine, choice, ignoreEos)));
+    } catch (error) {
+      generation.abort();
+      throw error;
+    }
+  }
+
+  async function wholeChat(c: Context, body: ChatBody, generation: Generation): Promise<Response> {
+    const done = await whole(generation, body.ignore_eos === true);
+    const choices = done.map(({ index, text, tokens, reason }) => ({
+      index,
+      message: { role: "assistant", content: text, refusal: null },
+      logprobs: body.logprobs === true ? { content: tokens.map(chatLogprob), refusal: null } : null,
+      finish_reason: reason,
+    }));
+    return c.json({ ...envelope(CHAT, false), choices, usage: usageOf(done.map((d) => d.usage), body) });
+  }
+
+  async function wholeCompletion(c: Context, body: CompletionBody, generation: Generation, echoes: readonly string[]) {
+    const done = await whole(generation, body.ignore_eos === true);
+    const choices = done.map(({ index, text, tokens, reason }) => ({
+      index,
+      text: echoes[Math.floor(index / (body.n ?? 1))]! + text,
+      logprobs: body.logprobs === undefined ? null : legacyLogprobs(tokens, 0),
+      finish_reason: reason,
+    }));
+    return c.json({ ...envelope(COMPLETION, false), choices, usage: usageOf(done.map((d) => d.usage), body) });
+  }
+
+  /** Streams all choices as they come. `begin`, `piece` and `end` make a choice's chunks. */
+  function stream(
+    body: CommonBody,
+    generation: Generation,
+    base: ReturnType<typeof envelope>,
+    parts: {
+      begin(index: number): object | undefined;
+      piece(index: number, text: string, tokens: readonly TokenLogprobs[]): object;
+      end(index: number, reason: string): object;
+    },
+  ): Response {
+    const includeUsage = body.stream_options?.include_usage === true;
+    const extra = includeUsage ? { usage: null } : {};
+    return eventStream(async (send) => {
+      const chunk = (choice: object | undefined) => {
+        if (choice !== undefined) send({ ...base, choices: [choice], ...extra });
+      };
+      try {
+        const usages = await Promise.all(generation.choices.map(async ({ index, events }) => {
+          chunk(parts.begin(index));
+          let held: TokenLogprobs[] = [];
+          for await (const event of events) {
+            if (event.type === "done") {
+              if (held.length > 0) chunk(parts.piece(index, "", held));
+              chunk(parts.end(index, event.reason));
+              return event.usage;
+            }
+            held.push(...logprobsOf(engine, event, body.ignore_eos === true));
+            if (event.text === "") continue; // a character or a stop string is incomplete
+            chunk(parts.piece(index, event.text, held));
+            held = [];
+          }
+          throw new Error("a generation ended without saying so");
+        }));
+        if (includeUsage) send({ ...base, choices: [], usage: usageOf(usages, body) });
+        send("[DONE]");
+      } catch (error) {
+        generation.abort();
+        const known = toApiError(error);
+        if (known.status >= 500 && !(error instanceof DOMException)) (options.onError ?? console.error)(error);
+        send(known.body);
+      }
+    }, generation.abort);
+  }
+
+  function streamChat(body: ChatBody, generation: Generation): Response {
+    const choice = (index: number, delta: object, logprobs: readonly TokenLogprobs[], reason: string | null) => ({
+      index,
+      delta,
+      logprobs: body.logprobs === true && logprobs.length > 0
+        ? { content: logprobs.map(chatLogprob), refusal: null }
+        : null,
+      finish_reason: reason,
+    });
+    return stream(body, generation, envelope(CHAT, true), {
+      begin: (index) => choice(index, { role: "assistant", content: "" }, [], null),
+      piece: (index, text, tokens) => choice(index, { content: text }, tokens, null),
+      end: (index, reason) => choice(index, {}, [], reason),
+    });
+  }
+
+  function streamCompletion(body: CompletionBody, generation: Generation, echoes: readonly string[]): Response {
+    const offsets = new Map<number, number>();
+    const choice = (index: number, text: string, tokens: readonly TokenLogprobs[], reason: string | null) => {
+      const offset = offsets.get(index) ?? 0;
+      offsets.set(index, offset + text.length);
+      const logprobs = body.logprobs === undefined || tokens.length === 0 ? null : legacyLogprobs(tokens, offset);
+      return { index, text, logprobs, finish_reason: reason };
+    };
+    return stream(body, generation, envelope(COMPLETION, true), {
+      begin: (index) => {
+        const echo = echoes[Math.floor(index / (body.n ?? 1))]!;
+        return echo === "" ? undefined : choice(index, echo, [], null);
+      },
+      piece: (index, text, tokens) => choice(index, text, tokens, null),
+      end: (index, reason) => choice(index, "", [], reason),
+    });
+  }
+
+  function tokenString(id: number): { token: string; bytes: number[] } {
+    const bytes = engine.model.tokenizer.tokenBytes(id);
+    if (bytes.length === 0) return { token: engine.model.tokenizer.tokenText(id), bytes: [] };
+    return { token: new TextDecoder().decode(bytes), bytes: [...bytes] };
+  }
+
+  function chatLogprob({ id, logprob, top }: TokenLogprobs) {
+    return {
+      ...tokenString(id),
+      logprob,
+      top_logprobs: top.map((other) => ({ ...tokenString(other.id), logprob: other.logprob })),
+    };
+  }
+
+  function legacyLogprobs(tokens: readonly TokenLogprobs[], offset: number) {
+    const strings = tokens.map(({ id }) => tokenString(id).token);
+    return {
+      tokens: strings,
+      token_logprobs: tokens.map(({ logprob }) => logprob),
+      top_logprobs: tokens.map(({ top }) => Object.fromEntries(top.map((t) => [tokenString(t.id).token, t.logprob]))),
+      text_offset: strings.map((_, i) => offset + strings.slice(0, i).join("").length),
+    };
+  }
+
+  return app;
+}
+
+/** The conversation as tokens, through the model's template. */
+function chatPrompt(engine: Engine, body: ChatBody): number[] {
+  const { chatTemplate, tokenizer } = engine.model;
+  // OpenAI's newer name for system.
+  const messages = body.messages.map(({ role, content }) => ({
+    role: role === "developer" ? "system" : role,
+    content,
+  }));
+  const tokens = tokenizer.encode(chatTemplate.render(messages), { parseSpecial: true });
+  // Templates often write BOS themselves.
+  const { bosId } = tokenizer;
+  return bosId !== undefined && tokens[0] === bosId && tokens[1] === bosId ? tokens.slice(1) : tokens;
+}
+
+function completionPrompts(engine: Engine, { prompt }: CompletionBody): number[][] {
+  const { tokenizer } = engine.model;
+  const encode = (text: string) => {
+    const ids = tokenizer.encode(text);
+    return ids.length === 0 && tokenizer.bosId !== undefined ? [tokenizer.bosId] : ids;
+  };
+  if (typeof prompt === "string") return [encode(prompt)];
+  if (typeof prompt[0] === "number") return [prompt as number[]];
+  return (prompt as (string | number[])[]).map((p) => typeof p === "string" ? encode(p) : p);
+}
+
+/** Prompts count once, however many choices they have. */
+function usageOf(usages: readonly Usage[], body: CommonBody) {
+  const n = body.n ?? 1;
+  const prompt = usages.filter((_, i) => i % n === 0).reduce((sum, usage) => sum + usage.promptTokens, 0);
+  const completion = usages.reduce((sum, usage) => sum + usage.completionTokens, 0);
+  return { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion };
+}
+
+/** Headers under which the page may run its own script and style, and nothing else. */
+function pageHeaders(page: string): Record<string, string> {
+  const hash = (tag: string) =>
+    [...page.matchAll(new RegExp(`<${tag}>(.*?)</${tag}>`, "gs"))]
+      .map((match) => `'sha256-${createHash("sha256").update(match[1]!).digest("base64")}'`).join(" ");
+  return {
+    "content-security-policy": `default-src 'none'; script-src ${hash("script")}; style-src ${hash("style")}; ` +
+      "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+  };
+}
