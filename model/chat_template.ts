@@ -53,10 +53,6 @@ export class ChatTemplate {
         ...this.#tokens,
         messages: messages.map((message) => ({ ...message })),
         add_generation_prompt: options.addGenerationPrompt ?? true,
-        raise_exception: (message: string) => {
-          throw new ChatTemplateError(message);
-        },
-        strftime_now: strftime,
       });
     } catch (cause) {
       throw new ChatTemplateError(`the model's chat template failed: ${(cause as Error).message}`, { cause });
@@ -64,25 +60,4 @@ export class ChatTemplate {
     if (text.length > MAX_OUTPUT_CHARACTERS) throw new ChatTemplateError("the chat template's output is too long");
     return text;
   }
-}
-
-/** The few fields of strftime that templates use. */
-function strftime(format: string): string {
-  const now = new Date();
-  const two = (n: number) => String(n).padStart(2, "0");
-  const name = (options: Intl.DateTimeFormatOptions) => now.toLocaleDateString("en-US", options);
-  const fields: Readonly<Record<string, string>> = {
-    Y: String(now.getFullYear()),
-    m: two(now.getMonth() + 1),
-    d: two(now.getDate()),
-    H: two(now.getHours()),
-    M: two(now.getMinutes()),
-    S: two(now.getSeconds()),
-    B: name({ month: "long" }),
-    b: name({ month: "short" }),
-    A: name({ weekday: "long" }),
-    a: name({ weekday: "short" }),
-    "%": "%",
-  };
-  return format.replace(/%([YmdHMSBbAa%])/g, (_, field: string) => fields[field]!);
 }
