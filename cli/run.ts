@@ -149,6 +149,8 @@ async function converse(engine: Engine, flags: RunFlags): Promise<void> {
     if (current === undefined) lines.close();
     else current.abort();
   });
+  let open = true; // piped input ends before the last answer does
+  lines.on("close", () => open = false);
   lines.setPrompt("> ");
   lines.prompt();
   for await (const line of lines) {
@@ -179,7 +181,7 @@ async function converse(engine: Engine, flags: RunFlags): Promise<void> {
       history.push({ role: "assistant", content: shown });
       current = undefined;
     }
-    lines.prompt();
+    if (open) lines.prompt();
   }
   lines.close();
 }
