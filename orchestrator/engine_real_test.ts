@@ -168,7 +168,7 @@ Deno.test("Engine: log-probabilities are those of the logits", async () => {
   });
   const { value } = await events.next();
   assert(value.type === "token");
-  assert.deepEqual(value.top!.map(({ id }) => id), order.slice(0, 5));
+  assert.deepEqual(value.top!.map((t: { id: number }) => t.id), order.slice(0, 5));
   for (const { id, logprob } of [...value.top!, { id: value.id, logprob: value.logprob! }]) {
     assert(Math.abs(logprob - (logits[id]! - total)) < 1e-4, `${logprob} ${logits[id]! - total}`);
   }
