@@ -1,5 +1,7 @@
 import assert from "node:assert/strict";
 import { fixture } from "../tests/data.ts";
+import { loadModel } from "../model/mod.ts";
+import { shardOf } from "../orchestrator/served_model.ts";
 import { KernelError, KernelErrorCode } from "./errors.ts";
 import { fakeShard } from "../tests/fakes/kernels.ts";
 import { loadKernels } from "./kernel_library.ts";
@@ -59,9 +61,20 @@ Deno.test("LoadedKernels.matmul: a product of small integers is exact, with any 
 Deno.test("openShard: a description that the file does not bear out is refused with a code and the reason", async () => {
   const kernels = loadKernels();
   const choices = { threads: 1, isa: null };
-  await assert.rejects(kernels.openShard(fakeShard({ path: "/nowhere.gguf" }), choices), (error: KernelError) => {
+  const { description } = await loadModel(fixture("llama-tiny-f32.gguf"));
+  const whole = { first: 0, end: description.hyper.layers };
+  const settings = { kv: { type: "f16", tokens: 64 }, maxBatch: 8, context: 64 } as const;
+  const lost = shardOf(description, whole, { ...settings, path: "/nowhere.gguf" });
+  await assert.rejects(kernels.openShard(lost, choices), (error: KernelError) => {
     assert.equal(error.code, KernelErrorCode.io);
     assert.match(error.message, /nowhere\.gguf/);
+    return true;
+  });
+  // The right description of another, shorter file.
+  const other = shardOf(description, whole, { ...settings, path: fixture("goldens.json") });
+  await assert.rejects(kernels.openShard(other, choices), (error: KernelError) => {
+    assert.equal(error.code, KernelErrorCode.invalidData);
+    assert.match(error.message, /tensor \S+/);
     return true;
   });
   await assert.rejects(kernels.openShard(fakeShard({ path: fixture("llama-tiny-f32.gguf") }), choices), KernelError);
