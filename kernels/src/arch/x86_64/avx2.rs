@@ -249,6 +249,18 @@ unsafe fn scales(args: &TileArgs, group: *const u8, quarter: usize, a: f32) -> _
     _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_set1_ps(a))
 }
 
+/// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
+/// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
+const AHEAD: usize = 4096;
+
+/// Asks for the lines of `bytes` bytes that lie `AHEAD` of `from`.
+#[inline(always)]
+unsafe fn prefetch(from: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD + line).cast());
+    }
+}
+
 /// Checks what tile kernels of grouped codes rely on; returns the number of groups.
 #[inline(always)]
 fn check(args: &TileArgs) -> usize {
@@ -341,6 +353,7 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
         for block in 0..size / 32 {
             let mut low = [[_mm256_setzero_si256(); N]; M];
             let mut high = [[_mm256_setzero_si256(); N]; M];
+            prefetch(group.add(block * 4 * N * TILE), 4 * N * TILE);
             for octet in 0..4 {
                 let mut index = [[_mm256_setzero_si256(); 2]; N];
                 for (plane, index) in index.iter_mut().enumerate() {
