@@ -7,6 +7,8 @@ use serde::Deserialize;
 /// Bounds on a model's dimensions, far above any real model: products of two fit `usize` and a KV position is cheap.
 const MAX_DIMENSION: usize = 1 << 24;
 const MAX_LAYERS: usize = 4096;
+/// Bound on the floats of one activation buffer: maxBatch × the widest row.
+const MAX_ACTIVATIONS: usize = 1 << 30;
 
 /// A tensor in the model file.
 #[derive(Debug, Clone, Deserialize)]
@@ -140,6 +142,14 @@ impl Descriptor {
                 return Err(Error::argument(format!("{name} is {value}; it must be 1 to {most}")));
             }
         }
+        let wide = h.heads.saturating_mul(h.head_dim);
+        if wide > MAX_DIMENSION {
+            return Err(Error::argument(format!("heads {} × headDim {} exceed {MAX_DIMENSION}", h.heads, h.head_dim)));
+        }
+        let widest = wide.max(h.embedding).max(h.feed_forward);
+        if self.max_batch > MAX_ACTIVATIONS / widest {
+            return Err(Error::argument(format!("maxBatch {} is too large for rows of {widest}", self.max_batch)));
+        }
         if h.heads % h.kv_heads != 0 {
             return Err(Error::argument(format!("heads {} are no multiple of kvHeads {}", h.heads, h.kv_heads)));
         }
@@ -164,7 +174,7 @@ impl Descriptor {
             ));
         }
         let (d, kv) = (h.embedding, h.kv_heads * h.head_dim);
-        let q = h.heads * h.head_dim;
+        let q = wide;
         if let Some(t) = &self.embedding {
             t.check(d, Some(h.vocab))?;
         }

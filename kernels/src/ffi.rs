@@ -80,6 +80,27 @@ unsafe fn input<'a>(p: *const u8, len: usize, what: &str) -> Result<&'a [u8]> {
     Ok(unsafe { core::slice::from_raw_parts(p, len) })
 }
 
+/// # Safety
+/// `p` is valid for `len` bytes that nothing else uses, or null.
+unsafe fn buffer<'a>(p: *mut u8, len: usize, what: &str) -> Result<&'a mut [u8]> {
+    if len == 0 {
+        return Ok(&mut []);
+    }
+    if p.is_null() || len > isize::MAX as usize {
+        return Err(Error::argument(format!("{what} is null or too long")));
+    }
+    // SAFETY: the caller's.
+    Ok(unsafe { core::slice::from_raw_parts_mut(p, len) })
+}
+
+/// `rows × cols` floats in bytes, if a caller's buffer of `len` bytes holds them.
+fn room(rows: usize, cols: usize, len: usize, what: &str) -> Result<()> {
+    match rows.checked_mul(cols).and_then(|n| n.checked_mul(4)) {
+        Some(needed) if needed <= len => Ok(()),
+        _ => Err(Error::argument(format!("{what} has {len} bytes; {rows} × {cols} floats are needed"))),
+    }
+}
+
 /// Copies `bytes` to a caller's buffer.
 ///
 /// # Safety
@@ -219,12 +240,14 @@ pub unsafe extern "C" fn lutra_shard_forward(
             // SAFETY: valid for 4 bytes and aligned; others access it atomically.
             Some(unsafe { &*stop.cast::<AtomicI32>() })
         };
-        let result = shard(handle)?.forward(batch, states, stop)?;
-        // SAFETY: the caller's.
-        unsafe {
-            output(out, out_len, &result, "output")?;
-            output(written, written_len, &(count(result.len())? as u32).to_le_bytes(), "written")?;
+        if written.is_null() || written_len < 4 {
+            return Err(Error::argument("written needs 4 bytes"));
         }
+        // SAFETY: the caller's.
+        let out = unsafe { buffer(out, out_len.min(i32::MAX as usize), "output")? };
+        let bytes = shard(handle)?.forward(batch, states, stop, out)?;
+        // SAFETY: the caller's.
+        unsafe { output(written, written_len, &(bytes as u32).to_le_bytes(), "written")? };
         Ok(0)
     })
 }
@@ -300,6 +323,7 @@ pub unsafe extern "C" fn lutra_unpack(
     err_len: usize,
 ) -> i32 {
     guard(err, err_len, || {
+        room(rows as usize, cols as usize, out_len, "out")?;
         // SAFETY: the caller's.
         let packed = matrix(kind, unsafe { input(src, src_len, "src")? }, rows, cols, &Pool::new(1))?;
         let mut values = vec![0.0; rows as usize * cols as usize];
@@ -341,6 +365,7 @@ pub unsafe extern "C" fn lutra_matmul(
         if !(1..=1024).contains(&threads) {
             return Err(Error::argument("threads must be 1 to 1024"));
         }
+        room(n as usize, rows as usize, y_len, "y")?;
         let isa = core::str::from_utf8(isa).map_err(|_| Error::argument("isa is no UTF-8"))?;
         let ks = select((!isa.is_empty()).then_some(isa))?;
         let pool = Pool::new(threads as usize);
@@ -348,6 +373,9 @@ pub unsafe extern "C" fn lutra_matmul(
         let (n, rows, cols) = (n as usize, rows as usize, cols as usize);
         if n.checked_mul(cols).and_then(|f| f.checked_mul(4)) != Some(x.len()) {
             return Err(Error::argument(format!("x has {} bytes, not {n} × {cols} floats", x.len())));
+        }
+        if n == 0 {
+            return Ok(0);
         }
         let mut act = Activations::new();
         act.prepare(ks, &floats(x), n, cols, &[w.form], &pool);

@@ -6,7 +6,7 @@
 use crate::descriptor::KvType;
 use crate::error::{Error, Result};
 use memmap2::MmapMut;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = 32;
@@ -18,6 +18,17 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// Its blocks, in order of position.
     pub blocks: Vec<u32>,
+}
+
+/// What [`KvCache::extend`] changed: (sequence, position, what was cut off).
+pub struct Undo {
+    parts: Vec<(u32, usize, Option<Saved>)>,
+}
+
+/// A sequence as it was, with the bytes of its blocks from the one of the cut on.
+struct Saved {
+    sequence: Sequence,
+    bytes: Vec<u8>,
 }
 
 /// Blocks and who holds them.
@@ -93,9 +104,9 @@ impl KvCache {
         (pos + count).div_ceil(BLOCK_TOKENS) as isize - held as isize
     }
 
-    /// Makes room for batches of `(seq, pos, tokens)`, all or nothing: sequences are cut to `pos`, get their blocks, and
-    /// their token ids are noted. [`KvCache::roll_back`] with the returned lengths undoes the growth.
-    pub fn extend(&mut self, parts: &[(u32, usize, &[u32])]) -> Result<()> {
+    /// Makes room for `(seq, pos, tokens)` of each sequence, all or nothing: sequences are cut to `pos`, get their blocks, and
+    /// their token ids are noted. [`KvCache::roll_back`] undoes it.
+    pub fn extend(&mut self, parts: &[(u32, usize, &[u32])]) -> Result<Undo> {
         let mut need = 0;
         for &(seq, pos, tokens) in parts {
             let len = self.sequences.get(&seq).map_or(0, |s| s.tokens.len());
@@ -108,11 +119,13 @@ impl KvCache {
             need += self.need(seq, pos, tokens.len());
         }
         if need > self.free.len() as isize {
-            return Err(Error::new(
-                Error::EXHAUSTED,
-                format!("the KV cache of {} blocks lacks {} blocks", self.total, need - self.free.len() as isize),
-            ));
+            return Err(Error::exhausted(format!(
+                "the KV cache of {} blocks lacks {} blocks",
+                self.total,
+                need - self.free.len() as isize
+            )));
         }
+        let undo = parts.iter().map(|&(seq, pos, _)| Ok((seq, pos, self.save(seq, pos)?))).collect::<Result<_>>()?;
         // Cut all first, so that what is given back is there for the others.
         for &(seq, pos, _) in parts {
             self.truncate(seq, pos);
@@ -124,7 +137,39 @@ impl KvCache {
                 sequence.blocks.push(self.free.pop().expect("counted above"));
             }
         }
-        Ok(())
+        Ok(Undo { parts: undo })
+    }
+
+    /// Takes back an [`KvCache::extend`]: every sequence is again what it was.
+    pub fn roll_back(&mut self, undo: Undo) {
+        for &(seq, pos, _) in &undo.parts {
+            self.truncate(seq, pos);
+        }
+        for (seq, pos, saved) in undo.parts {
+            let Some(saved) = saved else { continue };
+            let kept = pos.div_ceil(BLOCK_TOKENS);
+            let again: HashSet<u32> = saved.sequence.blocks[kept..].iter().copied().collect();
+            self.free.retain(|block| !again.contains(block));
+            let blocks = &saved.sequence.blocks[pos / BLOCK_TOKENS..];
+            for (&block, bytes) in blocks.iter().zip(saved.bytes.chunks_exact(self.block_bytes)) {
+                let at = block as usize * self.block_bytes;
+                self.memory[at..at + self.block_bytes].copy_from_slice(bytes);
+            }
+            self.sequences.insert(seq, saved.sequence);
+        }
+    }
+
+    /// A copy of what cutting a sequence to `pos` lets others overwrite, if that is anything.
+    fn save(&self, seq: u32, pos: usize) -> Result<Option<Saved>> {
+        let Some(sequence) = self.sequences.get(&seq).filter(|s| pos < s.tokens.len()) else { return Ok(None) };
+        let blocks = &sequence.blocks[pos / BLOCK_TOKENS..];
+        let mut bytes = Vec::new();
+        let size = blocks.len() * self.block_bytes;
+        bytes.try_reserve_exact(size).map_err(|e| Error::exhausted(format!("{size} bytes for a copy: {e}")))?;
+        for &block in blocks {
+            bytes.extend_from_slice(&self.memory[block as usize * self.block_bytes..][..self.block_bytes]);
+        }
+        Ok(Some(Saved { sequence: sequence.clone(), bytes }))
     }
 
     /// Byte offset of K (V follows) of a layer and KV head in a block, and the bytes of one row.

@@ -1,10 +1,14 @@
 //! Choosing a token from logits.
 //!
-//! Order, as in vLLM: bias, penalties, temperature, then top-k, top-p, min-p on the softmax. The random number of a token is
-//! a hash of (seed, position): whoever computes the position draws the same token.
+//! Order: bias, penalties, temperature (0 takes the largest logit, the lowest id on ties), then top-k, top-p and min-p, each on
+//! what the one before left. The random number of a token is a hash of (seed, position): whoever computes the position draws
+//! the same token. Log-probabilities are of the logits as the model gave them.
 
 use crate::batch::SampleParameters;
+use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
+use crate::ops;
+use std::collections::HashMap;
 
 /// A token and the natural logarithm of its probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,38 +17,48 @@ pub struct TokenLogprob {
     pub logprob: f32,
 }
 
-/// A chosen token with the alternatives asked for.
+/// A chosen token with the most probable ones, as many as asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
+    /// `logprob` is 0 when none was asked for.
     pub token: TokenLogprob,
     pub top: Vec<TokenLogprob>,
 }
 
-/// Chooses a token after `history` (all of the sequence's tokens; the new one's position is its length).
-pub fn sample(logits: &mut [f32], p: &SampleParameters, history: &[u32]) -> Result<Sampled> {
-    if logits.iter().any(|l| l.is_nan()) {
-        return Err(Error::new(Error::INVALID_DATA, "the model computed NaN logits: are its weights damaged?"));
+/// Chooses a token after `history`, all of the sequence's tokens: the new one's position is its length. Changes `logits`.
+///
+/// Logits with a NaN, with +∞ or with nothing above −∞ are an error.
+pub fn sample(ks: &Kernels, logits: &mut [f32], p: &SampleParameters, history: &[u32]) -> Result<Sampled> {
+    let max = largest(logits);
+    if logits.iter().fold(false, |bad, l| bad | l.is_nan()) || !max.is_finite() {
+        return Err(Error::data("the model computed logits that are not finite: are its weights damaged?"));
     }
-    let normaliser = p.top.map(|_| log_sum_exp(logits));
-    let top = match (p.top, normaliser) {
-        (Some(n), Some(z)) => most_probable(logits, n as usize)
-            .into_iter()
-            .map(|(id, logit)| TokenLogprob { id, logprob: logprob(logit, z) })
-            .collect(),
-        _ => Vec::new(),
-    };
-    // Raw logits of few tokens are changed below; the chosen one's is needed for its log-probability.
+    // Bias and penalties change logits below, so what is said of the raw ones is noted first.
+    let normaliser = p.top.map(|_| log_sum_exp(ks, logits, max));
     let raw = p.top.map(|_| logits.to_vec());
-    for &(id, bias) in &p.bias {
-        logits[id as usize] += bias;
-    }
-    penalise(logits, p, history);
-    let id = if p.temperature == 0.0 { argmax(logits) } else { draw(logits, p, history.len()) };
-    let logprob = match (raw, normaliser) {
-        (Some(raw), Some(z)) => logprob(raw[id as usize], z),
+    let probability = |id: u32| match (&raw, normaliser) {
+        (Some(raw), Some(z)) => (f64::from(raw[id as usize]) - z) as f32,
         _ => 0.0,
     };
-    Ok(Sampled { token: TokenLogprob { id, logprob }, top })
+    let top = most_probable(logits, p.top.unwrap_or(0) as usize);
+    let top = top.into_iter().map(|(id, _)| TokenLogprob { id, logprob: probability(id) }).collect();
+
+    for &(id, bias) in &p.bias {
+        let l = &mut logits[id as usize];
+        *l = or_never(*l + bias);
+    }
+    penalise(logits, p, history);
+    let id = if p.temperature == 0.0 { argmax(logits) } else { draw(ks, logits, p, history.len()) };
+    Ok(Sampled { token: TokenLogprob { id, logprob: probability(id) }, top })
+}
+
+/// −∞ for NaN: what ∞ − ∞ gives when a request's biases and penalties exceed f32.
+fn or_never(logit: f32) -> f32 {
+    if logit.is_nan() {
+        f32::NEG_INFINITY
+    } else {
+        logit
+    }
 }
 
 /// Repeat penalty on all tokens (CTRL, arXiv:1909.05858), presence and frequency penalty on generated ones, as OpenAI's.
@@ -52,11 +66,12 @@ fn penalise(logits: &mut [f32], p: &SampleParameters, history: &[u32]) {
     if p.repeat_penalty == 1.0 && p.presence_penalty == 0.0 && p.frequency_penalty == 0.0 {
         return;
     }
-    let first = match p.penalty_last_n {
-        n if n < 0 => 0,
-        n => history.len().saturating_sub(n as usize),
+    let first = match usize::try_from(p.penalty_last_n) {
+        Ok(n) => history.len().saturating_sub(n),
+        Err(_) => 0,
     };
-    let mut seen: std::collections::HashMap<u32, u32> = std::collections::HashMap::new();
+    // Token → how often it was generated.
+    let mut seen: HashMap<u32, u32> = HashMap::new();
     for (pos, &id) in history.iter().enumerate().skip(first) {
         *seen.entry(id).or_default() += u32::from(pos >= p.prompt_len as usize);
     }
@@ -65,30 +80,41 @@ fn penalise(logits: &mut [f32], p: &SampleParameters, history: &[u32]) {
         let l = &mut logits[id as usize];
         *l = if *l > 0.0 { *l / p.repeat_penalty } else { *l * p.repeat_penalty };
         if generated > 0 {
-            *l -= p.presence_penalty + p.frequency_penalty * generated as f32;
+            *l = or_never(*l - (p.presence_penalty + p.frequency_penalty * generated as f32));
         }
     }
+}
+
+fn largest(logits: &[f32]) -> f32 {
+    logits.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m })
 }
 
 /// The largest logit's id; the lowest on ties.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &l) in logits.iter().enumerate() {
-        if l > logits[best] {
-            best = i;
+    let max = largest(logits);
+    logits.iter().position(|&l| l == max).unwrap_or(0) as u32
+}
+
+/// ln Σ e^l.
+fn log_sum_exp(ks: &Kernels, logits: &[f32], max: f32) -> f64 {
+    let mut weights = logits.to_vec();
+    ops::exp(ks, &mut weights, max);
+    f64::from(max) + libm::log(total(&weights))
+}
+
+/// Σ w, in eight lanes: element i goes to lane i mod 8.
+fn total(weights: &[f32]) -> f64 {
+    let mut lanes = [0f64; 8];
+    let eights = weights.chunks_exact(8);
+    for (lane, &w) in lanes.iter_mut().zip(eights.remainder()) {
+        *lane = f64::from(w);
+    }
+    for eight in eights {
+        for (lane, &w) in lanes.iter_mut().zip(eight) {
+            *lane += f64::from(w);
         }
     }
-    best as u32
-}
-
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| libm::exp(f64::from(l - max))).sum();
-    f64::from(max) + libm::log(sum)
-}
-
-fn logprob(logit: f32, normaliser: f64) -> f32 {
-    (f64::from(logit) - normaliser) as f32
+    lanes.iter().sum()
 }
 
 /// Larger logits first, lower ids first on ties.
@@ -96,73 +122,92 @@ fn by_rank(a: &(u32, f32), b: &(u32, f32)) -> core::cmp::Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// The `n` largest logits in order.
+/// The `n` largest logits in order of rank. Most logits are only compared with the least one that is still kept.
 fn most_probable(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
-    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|&l| l + 0.0)).collect(); // no -0.0, which sorts below 0.0
-    let n = n.min(all.len());
+    let n = n.min(logits.len());
     if n == 0 {
         return Vec::new();
     }
-    if n < all.len() {
-        all.select_nth_unstable_by(n - 1, by_rank);
-        all.truncate(n);
-    }
-    all.sort_unstable_by(by_rank);
-    all
-}
-
-fn draw(logits: &[f32], p: &SampleParameters, position: usize) -> u32 {
-    let k = if p.top_k == 0 { logits.len() } else { p.top_k as usize };
-    // With top-p on and top-k off, the nucleus is nearly always among the first few hundred; widen until it is.
-    let mut width = if p.top_p < 1.0 { k.min(256) } else { k };
-    loop {
-        let mut candidates = most_probable(logits, width);
-        let max = candidates[0].1;
-        if !max.is_finite() {
-            return candidates[0].0; // all masked, or one infinitely likely
-        }
-        let weight = |l: f32| libm::exp(f64::from(l - max) / f64::from(p.temperature));
-        let total: f64 = if k < logits.len() {
-            most_probable_total(logits, k, &candidates, weight)
-        } else {
-            logits.iter().map(|&l| weight(l)).sum()
-        };
-        let mut cumulative = 0.0;
-        let mut kept = 0;
-        let mut weights = Vec::with_capacity(candidates.len());
-        for &(_, l) in &candidates {
-            let w = weight(l);
-            // The first candidate always stays.
-            if kept > 0 && ((p.top_p < 1.0 && cumulative >= f64::from(p.top_p) * total) || w < f64::from(p.min_p)) {
-                break;
-            }
-            cumulative += w;
-            weights.push(w);
-            kept += 1;
-        }
-        if kept == width && width < k.min(logits.len()) {
-            width = (width * 8).min(k);
+    let room = logits.len().min(2 * n + 256);
+    let mut kept: Vec<(u32, f32)> = Vec::with_capacity(room);
+    let mut floor = None;
+    for (id, &l) in (0..).zip(logits) {
+        // Who ties with the floor has the higher id.
+        if floor.is_some_and(|floor| l <= floor) {
             continue;
         }
-        candidates.truncate(kept);
-        let mut left = uniform(p.seed, position as u64) * cumulative;
-        for (&(id, _), w) in candidates.iter().zip(weights) {
-            left -= w;
-            if left < 0.0 {
-                return id;
-            }
+        kept.push((id, l + 0.0)); // no -0.0, which `total_cmp` puts below 0.0
+        if kept.len() == room && room > n {
+            kept.select_nth_unstable_by(n - 1, by_rank);
+            kept.truncate(n);
+            floor = Some(kept[n - 1].1);
         }
-        return candidates[kept - 1].0; // rounding left a little
+    }
+    if kept.len() > n {
+        kept.select_nth_unstable_by(n - 1, by_rank);
+        kept.truncate(n);
+    }
+    kept.sort_unstable_by(by_rank);
+    kept
+}
+
+/// Draws from the softmax of `logits / temperature`, cut by top-k, top-p and min-p. At least one token always stays.
+fn draw(ks: &Kernels, logits: &[f32], p: &SampleParameters, position: usize) -> u32 {
+    let max = largest(logits);
+    if !max.is_finite() {
+        return argmax(logits); // a bias beyond f32's range made one certain, or all impossible
+    }
+    // e^((l − max)/T): the most probable token has weight 1.
+    let mut weights: Vec<f32> = logits.iter().map(|&l| (l - max) / p.temperature).collect();
+    ops::exp(ks, &mut weights, 0.0);
+    let min_p = p.min_p.min(1.0);
+    let random = uniform(p.seed, position as u64);
+    let vocab = logits.len();
+    let k = if p.top_k == 0 { vocab } else { vocab.min(p.top_k as usize) };
+
+    if k == vocab && p.top_p >= 1.0 {
+        // Nothing asks for ranks: the order of ids does.
+        weights.iter_mut().filter(|w| **w < min_p).for_each(|w| *w = 0.0);
+        let sum = total(&weights);
+        return pick((0..).zip(weights), random * sum);
+    }
+    let all = if k == vocab { total(&weights) } else { 0.0 };
+    // With top-k off, the nucleus is nearly always among the first few hundred; widen until it is.
+    let mut width = if k == vocab { vocab.min(256) } else { k };
+    loop {
+        let mut ranked: Vec<(u32, f32)> = most_probable(logits, width);
+        ranked.iter_mut().for_each(|(id, value)| *value = weights[*id as usize]);
+        let sum = if k == vocab { all } else { ranked.iter().map(|&(_, w)| f64::from(w)).sum() };
+        let mut cumulative = 0.0;
+        let mut kept = 0;
+        for &(_, w) in &ranked {
+            if kept > 0 && ((p.top_p < 1.0 && cumulative >= f64::from(p.top_p) * sum) || w < min_p) {
+                break;
+            }
+            cumulative += f64::from(w);
+            kept += 1;
+        }
+        if kept == width && width < k {
+            width = k.min(width * 8);
+            continue;
+        }
+        ranked.truncate(kept);
+        return pick(ranked.into_iter(), random * cumulative);
     }
 }
 
-/// The weight of the `k` most probable tokens, summed in order of rank.
-fn most_probable_total(logits: &[f32], k: usize, known: &[(u32, f32)], weight: impl Fn(f32) -> f64) -> f64 {
-    if known.len() >= k.min(logits.len()) {
-        known.iter().map(|&(_, l)| weight(l)).sum()
-    } else {
-        most_probable(logits, k).iter().map(|&(_, l)| weight(l)).sum()
+/// The token at `target` when the weights lie one after the other; the last one with any weight if rounding overshoots.
+fn pick(tokens: impl Iterator<Item = (u32, f32)>, target: f64) -> u32 {
+    let mut left = target;
+    let mut last = 0;
+    for (id, w) in tokens.filter(|&(_, w)| w > 0.0) {
+        last = id;
+        left -= f64::from(w);
+        if left < 0.0 {
+            break;
+        }
     }
+    last
 }
 
 /// A number in [0, 1) that only seed and position decide: two rounds of SplitMix64 (Steele et al., OOPSLA 2014).

@@ -1,7 +1,7 @@
 //! A contiguous range of a model's layers: packed weights, KV cache and the forward pass.
 
 use crate::attention::{attend, Scratch};
-use crate::batch::Batch;
+use crate::batch::{Batch, Entry, SampleParameters};
 use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle, TensorRef};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
@@ -11,10 +11,11 @@ use crate::matmul::{matmul, Activations};
 use crate::ops;
 use crate::pack::{dequantize, pack, PackedMatrix};
 use crate::pool::Pool;
-use crate::sampling::sample;
+use crate::sampling::{sample, Sampled};
 use std::cell::RefCell;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 struct LayerWeights {
     attn_norm: Vec<f32>,
@@ -36,8 +37,9 @@ pub struct Shard {
     inline: Pool,
     hyper: Hyper,
     max_batch: usize,
-    embedding: Option<PackedMatrix>,
-    head: Option<(Vec<f32>, PackedMatrix)>,
+    embedding: Option<Arc<PackedMatrix>>,
+    /// The final norm and the output matrix, which may be the embedding.
+    head: Option<(Vec<f32>, Arc<PackedMatrix>)>,
     layers: Vec<LayerWeights>,
     state: Mutex<State>,
 }
@@ -66,25 +68,28 @@ struct Buffers {
 
 /// Cosines and sines of the rotary embedding (arXiv:2104.09864), a row of `dims / 2` per position, grown as needed.
 struct RopeTable {
-    base: f64,
-    half: usize,
+    /// Radians per position, of every pair.
+    frequencies: Vec<f64>,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
 impl RopeTable {
+    fn new(base: f64, dims: usize) -> Self {
+        // `libm` gives the same bits on every platform; std's functions need not.
+        let frequencies = (0..dims / 2).map(|i| libm::pow(base, -2.0 * i as f64 / dims as f64)).collect();
+        Self { frequencies, cos: Vec::new(), sin: Vec::new() }
+    }
     fn grow(&mut self, positions: usize) {
-        for pos in self.cos.len() / self.half..positions {
-            for i in 0..self.half {
-                // `libm` gives the same bits on every platform; std's functions need not.
-                let angle = pos as f64 * libm::pow(self.base, -(i as f64) / self.half as f64);
-                self.cos.push(libm::cos(angle) as f32);
-                self.sin.push(libm::sin(angle) as f32);
-            }
+        for pos in self.cos.len() / self.frequencies.len()..positions {
+            let angles = self.frequencies.iter().map(|f| pos as f64 * f);
+            self.cos.extend(angles.clone().map(|a| libm::cos(a) as f32));
+            self.sin.extend(angles.map(|a| libm::sin(a) as f32));
         }
     }
     fn row(&self, pos: usize) -> (&[f32], &[f32]) {
-        let range = pos * self.half..(pos + 1) * self.half;
+        let half = self.frequencies.len();
+        let range = pos * half..(pos + 1) * half;
         (&self.cos[range.clone()], &self.sin[range])
     }
 }
@@ -104,18 +109,21 @@ pub struct Stats {
 /// Bytes below which a job is done sooner than a second thread joins in: some 10 µs of one thread's memory traffic.
 const INLINE_BYTES: usize = 256 << 10;
 
+/// Logits that are computed at once, in bytes; rows beyond wait, whatever the batch asks for.
+const LOGITS_BYTES: usize = 16 << 20;
+
 /// A pointer that threads write disjoint parts through.
 #[derive(Clone, Copy)]
-struct Shared(*mut f32);
+struct Shared<T>(*mut T);
 // SAFETY: every use hands each thread its own part.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
-impl Shared {
+unsafe impl<T: Send> Sync for Shared<T> {}
+impl<T> Shared<T> {
     /// # Safety
     /// The range lies in the buffer and no two threads' ranges overlap.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn part(&self, at: usize, len: usize) -> &mut [f32] {
+    unsafe fn part(&self, at: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's.
         unsafe { core::slice::from_raw_parts_mut(self.0.add(at), len) }
     }
@@ -136,8 +144,14 @@ impl Shard {
             dequantize(t.source_type()?, file.tensor(t)?, &mut out).map_err(|e| named(t, e))?;
             Ok::<_, Error>(out)
         };
-        let embedding = d.embedding.as_ref().map(matrix).transpose()?;
-        let head = d.head.as_ref().map(|h| Ok::<_, Error>((vector(&h.norm)?, matrix(&h.output)?))).transpose()?;
+        let embedding = d.embedding.as_ref().map(|t| matrix(t).map(Arc::new)).transpose()?;
+        let output = |t: &TensorRef| match (&embedding, &d.embedding) {
+            (Some(packed), Some(e)) if e.offset == t.offset && e.kind == t.kind && e.shape == t.shape => {
+                Ok(packed.clone())
+            }
+            _ => matrix(t).map(Arc::new),
+        };
+        let head = d.head.as_ref().map(|h| Ok::<_, Error>((vector(&h.norm)?, output(&h.output)?))).transpose()?;
         let mut layers = Vec::with_capacity(d.layers.len());
         for l in &d.layers {
             layers.push(LayerWeights {
@@ -154,7 +168,7 @@ impl Shard {
         }
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, layers.len(), h.kv_heads, h.head_dim)?;
-        let rope = RopeTable { base: h.rope.base, half: h.rope.dims / 2, cos: Vec::new(), sin: Vec::new() };
+        let rope = RopeTable::new(h.rope.base, h.rope.dims);
         Ok(Self {
             ks,
             pool,
@@ -168,7 +182,7 @@ impl Shard {
         })
     }
 
-    /// A panic inside a forward pass leaves at worst sequences cut short; the state stays usable.
+    /// A panic inside a forward pass is rolled back like an error: the state stays usable.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -186,57 +200,78 @@ impl Shard {
         let layers: usize = self.layers.iter().map(matrices).sum();
         let head = self.head.as_ref().map_or(0, |(norm, output)| 4 * norm.len() + output.bytes());
         let (table, row) = self.embedding.as_ref().map_or((0, 0), |m| (m.bytes(), m.bytes() / m.rows.max(1)));
+        let tied = match (&self.embedding, &self.head) {
+            (Some(e), Some((_, output))) if Arc::ptr_eq(e, output) => table,
+            _ => 0,
+        };
         let state = self.state();
         Stats {
             kv_blocks_total: state.kv.blocks_total(),
             kv_blocks_free: state.kv.blocks_free(),
             block_tokens: BLOCK_TOKENS,
-            weight_bytes: layers + head + table,
+            weight_bytes: layers + head + table - tied,
             sequences: state.kv.sequences(),
             weight_bytes_per_token: layers + head + row,
         }
     }
 
-    /// Computes a micro-batch and returns the output's bytes: hidden states, or results from a shard with head.
-    pub fn forward(&self, batch: &[u8], input: &[u8], stop: Option<&AtomicI32>) -> Result<Vec<u8>> {
+    /// Computes a micro-batch, writes hidden states, or results from a shard with head, to `out`, and returns their bytes.
+    ///
+    /// An error changes no sequence. `stop` becoming non-zero ends the call before the next layer, with an error.
+    pub fn forward(&self, batch: &[u8], input: &[u8], stop: Option<&AtomicI32>, out: &mut [u8]) -> Result<usize> {
         let h = &self.hyper;
         let batch = Batch::parse(batch, h.vocab as u32, h.context as u32, self.max_batch)?;
-        let expected = if self.embedding.is_some() { 0 } else { batch.tokens.len() * h.embedding * 4 };
+        let tokens = batch.tokens.len();
+        let states = tokens * h.embedding * 4;
+        let expected = if self.embedding.is_some() { 0 } else { states };
         if input.len() != expected {
-            return Err(Error::argument(format!(
-                "input has {} bytes; {} tokens of {} take {expected}",
-                input.len(),
-                batch.tokens.len(),
-                h.embedding
-            )));
+            return Err(Error::argument(format!("input has {} bytes; {tokens} tokens take {expected}", input.len())));
         }
+        let needed = match &self.head {
+            None => Some(states),
+            Some(_) => batch.entries.iter().try_fold(0usize, |sum, e| sum.checked_add(result_bytes(e, h.vocab)?)),
+        };
+        let out = needed.and_then(|needed| out.get_mut(..needed)).ok_or_else(|| {
+            let needed = needed.map_or("too many".to_string(), |n| n.to_string());
+            Error::argument(format!("the output's buffer is too small; {needed} bytes are needed"))
+        })?;
         let mut state = self.state();
         let parts: Vec<_> =
             batch.entries.iter().map(|e| (e.seq, e.pos as usize, &batch.tokens[e.first..e.first + e.count])).collect();
-        state.kv.extend(&parts)?;
-        let result = self.compute(&mut state, &batch, input, stop);
-        if result.is_err() {
-            for &(seq, pos, _) in &parts {
-                state.kv.truncate(seq, pos);
-            }
+        let undo = state.kv.extend(&parts)?;
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.compute(&mut state, &batch, input, stop, out)));
+        if !matches!(outcome, Ok(Ok(()))) {
+            state.kv.roll_back(undo);
         }
-        result
+        outcome.unwrap_or_else(|panic| resume_unwind(panic)).map(|()| out.len())
     }
 
-    fn compute(&self, state: &mut State, batch: &Batch, input: &[u8], stop: Option<&AtomicI32>) -> Result<Vec<u8>> {
+    fn compute(
+        &self,
+        state: &mut State,
+        batch: &Batch,
+        input: &[u8],
+        stop: Option<&AtomicI32>,
+        out: &mut [u8],
+    ) -> Result<()> {
         let h = &self.hyper;
         let (d, dim) = (h.embedding, h.head_dim);
         let (wide, kv_wide, ff) = (h.heads * dim, h.kv_heads * dim, h.feed_forward);
         let (ks, pool) = (self.ks, &self.pool);
         let State { kv, rope, act, buffers: b } = state;
         let mut n = batch.tokens.len();
+        if n == 0 {
+            return Ok(());
+        }
 
-        // Position and entry of every row.
+        // Entry and position of every row.
         let mut rows: Vec<(usize, usize)> = Vec::with_capacity(n);
         for (e, entry) in batch.entries.iter().enumerate() {
             rows.extend((0..entry.count).map(|i| (e, entry.pos as usize + i)));
         }
         rope.grow(rows.iter().map(|&(_, pos)| pos + 1).max().unwrap_or(0));
+        let blocks: Vec<Vec<u32>> =
+            batch.entries.iter().map(|e| kv.get(e.seq).expect("extended before").blocks.clone()).collect();
 
         resize(&mut b.hidden, n * d);
         match &self.embedding {
@@ -280,7 +315,7 @@ impl Shard {
                 }
             });
             for (i, &(e, pos)) in rows.iter().enumerate() {
-                let block = kv.get(batch.entries[e].seq).expect("extended before").blocks[pos / BLOCK_TOKENS];
+                let block = blocks[e][pos / BLOCK_TOKENS];
                 for head in 0..h.kv_heads {
                     let at = i * kv_wide + head * dim;
                     store(ks, kv, block, index, head, pos % BLOCK_TOKENS, &b.k[at..at + dim], &b.v[at..at + dim]);
@@ -289,20 +324,8 @@ impl Shard {
 
             // The last layer's K and V are all that rows need of which nothing is asked.
             if index + 1 == self.layers.len() && self.head.is_some() {
-                let needed: Vec<usize> = batch
-                    .entries
-                    .iter()
-                    .flat_map(|e| {
-                        let from = if e.logits {
-                            0
-                        } else if e.sample.is_some() {
-                            e.count - 1
-                        } else {
-                            e.count
-                        };
-                        e.first + from..e.first + e.count
-                    })
-                    .collect();
+                let needed: Vec<usize> =
+                    batch.entries.iter().flat_map(|e| e.first + e.count - needed_rows(e)..e.first + e.count).collect();
                 for (to, &from) in needed.iter().enumerate() {
                     b.hidden.copy_within(from * d..(from + 1) * d, to * d);
                     b.q.copy_within(from * wide..(from + 1) * wide, to * wide);
@@ -311,7 +334,7 @@ impl Shard {
                 n = needed.len();
                 rows.truncate(n);
                 if n == 0 {
-                    return Ok(Vec::new());
+                    return Ok(());
                 }
             }
 
@@ -324,13 +347,12 @@ impl Shard {
                 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
                 let (i, head) = (part / h.heads, part % h.heads);
                 let (e, pos) = rows[i];
-                let blocks = &cache.get(batch.entries[e].seq).expect("extended before").blocks;
                 let at = i * wide + head * dim;
                 // SAFETY: head `head` of row i is this part's own.
                 let out = unsafe { out.part(at, dim) };
                 let kv_head = head / (h.heads / h.kv_heads);
                 SCRATCH.with_borrow_mut(|scratch| {
-                    attend(ks, cache, blocks, index, kv_head, pos + 1, &q[at..at + dim], scale, scratch, out);
+                    attend(ks, cache, &blocks[e], index, kv_head, pos + 1, &q[at..at + dim], scale, scratch, out);
                 });
             });
             act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
@@ -352,14 +374,59 @@ impl Shard {
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
         }
 
-        let Some((norm, output)) = &self.head else {
-            return Ok(b.hidden[..n * d].iter().flat_map(|x| x.to_le_bytes()).collect());
-        };
-        self.norm(&b.hidden[..n * d], norm, &mut b.norm, n);
-        act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], pool);
-        resize(&mut b.logits, n * h.vocab);
-        self.product(output, act, n, &mut b.logits);
-        results(batch, kv, &mut b.logits[..n * h.vocab], h.vocab)
+        match &self.head {
+            None => {
+                for (bytes, x) in out.chunks_exact_mut(4).zip(&b.hidden[..n * d]) {
+                    bytes.copy_from_slice(&x.to_le_bytes());
+                }
+                Ok(())
+            }
+            Some((norm, output)) => self.results(norm, output, kv, act, b, batch, out),
+        }
+    }
+
+    /// Computes the logits of the rows that are left in `b.hidden`, some rows at a time, and answers what each entry asked.
+    #[allow(clippy::too_many_arguments)]
+    fn results(
+        &self,
+        norm: &[f32],
+        output: &PackedMatrix,
+        kv: &KvCache,
+        act: &mut Activations,
+        b: &mut Buffers,
+        batch: &Batch,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let (ks, d, vocab) = (self.ks, self.hyper.embedding, self.hyper.vocab);
+        let rows = answers(batch, vocab);
+        let failed = Mutex::new(None);
+        let at_once = (LOGITS_BYTES / (4 * vocab)).max(1);
+        for (i, rows) in rows.chunks(at_once).enumerate() {
+            let n = rows.len();
+            self.norm(&b.hidden[i * at_once * d..][..n * d], norm, &mut b.norm, n);
+            act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], &self.pool);
+            resize(&mut b.logits, n * vocab);
+            self.product(output, act, n, &mut b.logits);
+            let (logits, out) = (Shared(b.logits.as_mut_ptr()), Shared(out.as_mut_ptr()));
+            self.pool_for(n * vocab * 16).run(n, &|i| {
+                // SAFETY: row i is this part's own, and so is its place in `out`: `answers` lays them one after the other,
+                // and `out` is as long as they are together.
+                let (logits, place) = unsafe { (logits.part(i * vocab, vocab), |at, len| out.part(at, len)) };
+                if let Some(at) = rows[i].logits {
+                    for (bytes, x) in place(at, 4 * vocab).chunks_exact_mut(4).zip(&*logits) {
+                        bytes.copy_from_slice(&x.to_le_bytes());
+                    }
+                }
+                if let Some((at, seq, parameters)) = rows[i].sample {
+                    let history = &kv.get(seq).expect("extended before").tokens;
+                    match sample(ks, logits, parameters, history) {
+                        Ok(sampled) => write(&sampled, place(at, sampled_bytes(parameters, vocab))),
+                        Err(e) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e),
+                    }
+                }
+            });
+        }
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     /// The pool for a job that reads so many bytes.
@@ -418,30 +485,64 @@ fn store(ks: &Kernels, kv: &mut KvCache, block: u32, layer: usize, head: usize, 
     }
 }
 
-/// Samples and writes down what each entry asked for; `logits` has a row for each token that is needed.
-fn results(batch: &Batch, kv: &KvCache, logits: &mut [f32], vocab: usize) -> Result<Vec<u8>> {
-    let mut out = Vec::new();
-    let word = |out: &mut Vec<u8>, bits: u32| out.extend_from_slice(&bits.to_le_bytes());
-    let mut row = 0;
-    let mut wanted = Vec::new();
+/// Rows of an entry, its last ones, whose logits are needed.
+fn needed_rows(entry: &Entry) -> usize {
+    match (entry.logits, &entry.sample) {
+        (true, _) => entry.count,
+        (false, Some(_)) => 1,
+        (false, None) => 0,
+    }
+}
+
+/// Bytes of a sampled token: id, log-probability, count of alternatives, and those.
+fn sampled_bytes(parameters: &SampleParameters, vocab: usize) -> usize {
+    12 + 8 * vocab.min(parameters.top.unwrap_or(0) as usize)
+}
+
+/// Bytes that answer an entry.
+fn result_bytes(entry: &Entry, vocab: usize) -> Option<usize> {
+    let logits = if entry.logits { entry.count.checked_mul(vocab)?.checked_mul(4)? } else { 0 };
+    logits.checked_add(entry.sample.as_ref().map_or(0, |p| sampled_bytes(p, vocab)))
+}
+
+/// What a row is for, and where in the output that goes.
+#[derive(Default, Clone, Copy)]
+struct Answer<'a> {
+    logits: Option<usize>,
+    /// Place, sequence, parameters.
+    sample: Option<(usize, u32, &'a SampleParameters)>,
+}
+
+/// The needed rows in order. The output holds the sampled tokens of all entries, then the logits of all.
+fn answers(batch: &Batch, vocab: usize) -> Vec<Answer<'_>> {
+    let mut rows: Vec<Answer<'_>> = Vec::new();
+    let mut at = 0;
     for entry in &batch.entries {
-        let count = if entry.logits { entry.count } else { usize::from(entry.sample.is_some()) };
-        let part = row * vocab..(row + count) * vocab;
-        row += count;
-        if entry.logits {
-            wanted.extend(logits[part.clone()].iter().flat_map(|x| x.to_le_bytes()));
-        }
-        let Some(parameters) = &entry.sample else { continue };
-        let history = &kv.get(entry.seq).expect("extended before").tokens;
-        let sampled = sample(&mut logits[part.end - vocab..part.end], parameters, history)?;
-        word(&mut out, sampled.token.id);
-        word(&mut out, sampled.token.logprob.to_bits());
-        word(&mut out, sampled.top.len() as u32);
-        for t in &sampled.top {
-            word(&mut out, t.id);
-            word(&mut out, t.logprob.to_bits());
+        rows.resize(rows.len() + needed_rows(entry), Answer::default());
+        if let Some(parameters) = &entry.sample {
+            rows.last_mut().expect("a sampled entry needs its last row").sample = Some((at, entry.seq, parameters));
+            at += sampled_bytes(parameters, vocab);
         }
     }
-    out.append(&mut wanted);
-    Ok(out)
+    let mut row = 0;
+    for entry in &batch.entries {
+        let needed = needed_rows(entry);
+        if entry.logits {
+            for answer in &mut rows[row..row + needed] {
+                answer.logits = Some(at);
+                at += 4 * vocab;
+            }
+        }
+        row += needed;
+    }
+    rows
+}
+
+/// Writes a sampled token into `out`, which is `sampled_bytes` long.
+fn write(sampled: &Sampled, out: &mut [u8]) {
+    let token = |t: &crate::sampling::TokenLogprob| [t.id, t.logprob.to_bits()];
+    let words = token(&sampled.token).into_iter().chain([sampled.top.len() as u32]);
+    for (bytes, word) in out.chunks_exact_mut(4).zip(words.chain(sampled.top.iter().flat_map(token))) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
 }

@@ -1,0 +1,9 @@
+//! Tests of a layer shard: through `Shard`, and through the C ABI as a foreign caller would use it.
+
+mod descriptor;
+mod ffi;
+mod golden;
+mod invariance;
+mod kv;
+mod model;
+mod sampling;
