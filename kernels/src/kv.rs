@@ -70,6 +70,9 @@ impl KvCache {
     pub fn kind(&self) -> KvType {
         self.kind
     }
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
     pub fn blocks_total(&self) -> usize {
         self.total
     }

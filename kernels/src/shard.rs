@@ -1,6 +1,6 @@
 //! A contiguous range of a model's layers: packed weights, KV cache and the forward pass.
 
-use crate::attention::{attend, Scratch};
+use crate::attention::{attend, Past, Scratch};
 use crate::batch::{Batch, Entry, SampleParameters};
 use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle, TensorRef};
 use crate::dispatch::{select, Kernels};
@@ -343,17 +343,19 @@ impl Shard {
             let (q, cache) = (&b.q, &*kv);
             let scale = 1.0 / (dim as f32).sqrt();
             let cached: usize = rows.iter().map(|&(_, pos)| pos + 1).sum();
-            self.pool_for(cached * wide * 8).run(n * h.heads, &|part| {
+            // The heads of a KV head go together, unless that leaves threads without work.
+            let group = h.heads / h.kv_heads;
+            let together = if n * h.kv_heads < pool.threads() { 1 } else { group };
+            let parts = h.heads / together;
+            self.pool_for(cached * wide * 8).run(n * parts, &|part| {
                 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
-                let (i, head) = (part / h.heads, part % h.heads);
+                let (i, head) = (part / parts, part % parts * together);
                 let (e, pos) = rows[i];
-                let at = i * wide + head * dim;
-                // SAFETY: head `head` of row i is this part's own.
-                let out = unsafe { out.part(at, dim) };
-                let kv_head = head / (h.heads / h.kv_heads);
-                SCRATCH.with_borrow_mut(|scratch| {
-                    attend(ks, cache, &blocks[e], index, kv_head, pos + 1, &q[at..at + dim], scale, scratch, out);
-                });
+                let past = Past { kv: cache, blocks: &blocks[e], layer: index, kv_head: head / group, len: pos + 1 };
+                let (at, len) = (i * wide + head * dim, together * dim);
+                // SAFETY: these heads of row i are this part's own.
+                let out = unsafe { out.part(at, len) };
+                SCRATCH.with_borrow_mut(|scratch| attend(ks, past, dim, &q[at..at + len], scale, scratch, out));
             });
             act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
             resize(&mut b.delta, n * d);
@@ -409,9 +411,10 @@ impl Shard {
             self.product(output, act, n, &mut b.logits);
             let (logits, out) = (Shared(b.logits.as_mut_ptr()), Shared(out.as_mut_ptr()));
             self.pool_for(n * vocab * 16).run(n, &|i| {
-                // SAFETY: row i is this part's own, and so is its place in `out`: `answers` lays them one after the other,
-                // and `out` is as long as they are together.
-                let (logits, place) = unsafe { (logits.part(i * vocab, vocab), |at, len| out.part(at, len)) };
+                // SAFETY: row i is this part's own.
+                let logits = unsafe { logits.part(i * vocab, vocab) };
+                // SAFETY: `answers` lays them one after the other, and `out` is as long as they are together.
+                let place = |at, len| unsafe { out.part(at, len) };
                 if let Some(at) = rows[i].logits {
                     for (bytes, x) in place(at, 4 * vocab).chunks_exact_mut(4).zip(&*logits) {
                         bytes.copy_from_slice(&x.to_le_bytes());
