@@ -1,51 +1,15 @@
 /**
- * A cluster in one process for the end-to-end tests: the true path, orchestrator → bus → worker → kernel library.
+ * A cluster in one process for the end-to-end tests, the true path: orchestrator → bus → worker → kernel library; and how
+ * logits are compared.
  *
  * @module
  */
-import { InProcessBus } from "../bus/mod.ts";
-import { loadModel } from "../model/mod.ts";
-import { Engine } from "../orchestrator/mod.ts";
-import type { EngineOptions } from "../orchestrator/mod.ts";
-import { loadKernels, Worker } from "../worker/mod.ts";
+import { startLocalCluster } from "../cli/local_cluster.ts";
+import type { LocalCluster, LocalClusterOptions } from "../cli/local_cluster.ts";
 
-/** Options of {@linkcode startCluster}. */
-export interface ClusterOptions extends Partial<Omit<EngineOptions, "bus" | "model">> {
-  /** Threads of each worker. @default {1} */
-  threads?: number;
-  /** Instruction set. Default: the best. */
-  isa?: string;
-}
-
-/** Starts a worker for each shard and an engine; `await using` closes all. */
-export async function startCluster(
-  path: string,
-  options: ClusterOptions = {},
-): Promise<AsyncDisposable & { engine: Engine }> {
-  const { threads = 1, isa, shards = 1, ...rest } = options;
-  const bus = new InProcessBus();
-  const workers: Worker[] = [];
-  for (let i = 0; i < shards; i++) {
-    workers.push(
-      await Worker.start({
-        bus,
-        kernels: loadKernels(),
-        id: `test-${i}`,
-        threads,
-        bandwidthGBps: 10,
-        ...(isa === undefined ? {} : { isa }),
-      }),
-    );
-  }
-  const engine = await Engine.start({ bus, model: await loadModel(path), shards, workers: shards, ...rest });
-  return {
-    engine,
-    async [Symbol.asyncDispose]() {
-      await engine.close();
-      await Promise.all(workers.map((worker) => worker.close()));
-      await bus.close();
-    },
-  };
+/** Starts a cluster whose workers have one thread each unless told otherwise; `await using` closes it. */
+export function startCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
+  return startLocalCluster(path, { threads: 1, ...options });
 }
 
 /** The id of the largest of `vocab` logits at row `row`; the lowest on ties. */

@@ -4,7 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { sameBits, startCluster } from "./cluster.ts";
-import type { ClusterOptions } from "./cluster.ts";
+import type { LocalClusterOptions } from "../cli/local_cluster.ts";
 import { fixture, shared } from "./data.ts";
 import { loadKernels } from "../worker/mod.ts";
 
@@ -26,7 +26,7 @@ for (const { name, path, vocab, length, ignore } of models) {
   Deno.test({ name: `${name}: the same bits however it is computed`, ignore }, async () => {
     const tokens = Array.from({ length }, (_, i) => (i * 97 + 5) % vocab);
     const others = [17, 64, 33].map((n, k) => Array.from({ length: n }, (_, i) => (i * 31 + k) % vocab));
-    const compute = async (options: ClusterOptions, chunk: number | undefined, beside: boolean) => {
+    const compute = async (options: LocalClusterOptions, chunk: number | undefined, beside: boolean) => {
       await using cluster = await startCluster(path, options);
       const { engine } = cluster;
       const all = (beside ? [others[0]!, tokens, ...others.slice(1)] : [tokens]).map((ids) =>

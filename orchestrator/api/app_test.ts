@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { startCluster } from "../../tests/cluster.ts";
-import type { ClusterOptions } from "../../tests/cluster.ts";
+import type { LocalClusterOptions } from "../../cli/local_cluster.ts";
 import { fixture } from "../../tests/data.ts";
 import { createApp } from "./mod.ts";
 import type { AppOptions } from "./mod.ts";
@@ -15,7 +15,7 @@ async function withApp(
     cluster: Awaited<ReturnType<typeof startCluster>>,
   ) => Promise<void>,
   options: Partial<AppOptions> = {},
-  cluster: ClusterOptions = {},
+  cluster: LocalClusterOptions = {},
 ): Promise<void> {
   await using running = await startCluster(fixture("llama-tiny-f32.gguf"), cluster);
   const app = createApp({ engine: running.engine, onError: () => {}, ...options });
