@@ -18,10 +18,11 @@ import { loadKernels } from "../worker/mod.ts";
  * A group of n activations is rounded in steps of max/127, an error uniform in ± half a step, whose root mean square is
  * max / (127·√12). With max ≈ 2.1σ over 32 roughly normal values and 2.8σ over 256, that is 0.5 % to 0.64 % of σ, and a
  * product's result inherits the ratio. A layer passes two such roundings in sequence in each of its two branches, so
- * L layers and the head add up to at most 0.64 % · √(4L + 1), as independent errors do: 2.9 % for five layers. (In these
- * models it is about a third of that, since the residual stream carries most of the signal past the roundings.)
+ * L layers and the head add up to about 0.64 % · √(4L + 1), as independent errors do: 2.9 % for five layers. Attention and
+ * SwiGLU may amplify, in random models above all, hence the factor 2. llama.cpp, which rounds activations alike, is 3.1 % off
+ * these goldens for llama-q-Q8_0 and 3.2 % for llama-q-TQ2_0, as far as Lutra; in trained models both stay near 1 %.
  */
-const a8Bound = (layers: number) => 0.0064 * Math.sqrt(4 * layers + 1);
+const a8Bound = (layers: number) => 2 * 0.0064 * Math.sqrt(4 * layers + 1);
 
 interface Golden {
   file: string;
