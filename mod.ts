@@ -1,7 +1,7 @@
 /**
  * Lutra runs a low-bit language model on the boards you own.
  *
- * As a program: `deno run -P=run mod.ts run MODEL.gguf "Once upon a time"`. As a library:
+ * As a program: `deno run -q -P=run mod.ts run MODEL.gguf "Once upon a time"`. As a library:
  *
  * @example
  * ```ts ignore
