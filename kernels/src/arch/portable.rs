@@ -4,8 +4,7 @@ use super::vector::Vector;
 use crate::dispatch::{Isa, Kernels};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
 use crate::ops::{bf16_to_f32, f16_to_f32, f32_to_f16, float_ops};
-use crate::pack::trits::trit;
-use crate::pack::{bits, int8, trits, Codes, FloatKind, PackedForm, TILE};
+use crate::pack::{Codes, FloatKind, PackedForm, MAX_GROUP, TILE};
 use crate::quantize::{build_tables_portable, quantize_portable};
 
 /// Eight floats in an array.
@@ -103,27 +102,21 @@ pub(crate) fn tile(form: PackedForm) -> TileKernel {
         Codes::Float(FloatKind::F32) => float_tile::<Lanes, 0>,
         Codes::Float(FloatKind::F16) => float_tile::<Lanes, 1>,
         Codes::Float(FloatKind::Bf16) => float_tile::<Lanes, 2>,
-        Codes::Bits(_) => |args, out| grouped(args, out, bits::code),
-        Codes::Int8 => |args, out| grouped(args, out, |_, group, row, k| int8::code(group, row, k)),
-        Codes::Trits5 => {
-            |args, out| grouped(args, out, |_, group, row, k| trit(trits::byte(group, row, k), trits::digit(k)))
-        }
+        Codes::Bits(_) | Codes::Int8 | Codes::Trits5 => grouped,
     }
 }
 
-/// Rows one after the other, groups in order: `acc = fma(d_w·d_a, Σ (code + offset)·a, acc)`. `code(form, group bytes,
-/// row, k within the group)` reads one weight.
-fn grouped(args: &TileArgs, out: &mut TileOut, code: impl Fn(PackedForm, &[u8], usize, usize) -> i32) {
+/// Rows one after the other, groups in order: `acc = fma(d_w·d_a, Σ (code + offset)·a, acc)`.
+fn grouped(args: &TileArgs, out: &mut TileOut) {
     let form = args.form;
     let size = form.group as usize;
     let groups = args.k / size;
-    let mut weights = vec![0i32; size];
+    let mut weights = [0i32; MAX_GROUP];
+    let weights = &mut weights[..size];
     for row in 0..TILE {
         let mut acc = [0f32; BATCH];
         for (g, group) in args.tile.chunks_exact(form.group_tile_bytes()).enumerate() {
-            for (k, weight) in weights.iter_mut().enumerate() {
-                *weight = code(form, group, row, k) + form.offset as i32;
-            }
+            form.get(group, row, weights);
             for (i, acc) in (args.first..args.first + args.count).zip(&mut acc) {
                 let a = &args.codes[i * args.k + g * size..][..size];
                 let sum: i32 = weights.iter().zip(a).map(|(&w, &a)| w * a as i32).sum();

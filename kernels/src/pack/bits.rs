@@ -4,7 +4,7 @@
 //! nibble is bit b of the code at k = 8·octet + i, and bit i of its high nibble that at 8·octet + 4 + i. A nibble thus is
 //! the index of a subset sum of four activations (`quantize::Table`).
 
-use super::{Codes, PackedForm, TILE};
+use super::TILE;
 
 pub(super) fn put(group: &mut [u8], n: u8, row: usize, codes: &[u8]) {
     for (k, code) in codes.iter().enumerate() {
@@ -14,9 +14,15 @@ pub(super) fn put(group: &mut [u8], n: u8, row: usize, codes: &[u8]) {
     }
 }
 
-pub(crate) fn code(form: PackedForm, group: &[u8], row: usize, k: usize) -> i32 {
-    let Codes::Bits(n) = form.codes else { unreachable!("not bit planes") };
-    let n = n as usize;
-    let bit = |plane: usize| (group[(k / 8 * n + plane) * TILE + row] >> (k % 8) & 1) as i32;
-    (0..n).map(|plane| bit(plane) << plane).sum()
+/// The codes of a row of a group.
+pub(super) fn get(group: &[u8], n: u8, row: usize, codes: &mut [i32]) {
+    for (octet, codes) in codes.chunks_exact_mut(8).enumerate() {
+        codes.fill(0);
+        for plane in 0..n as usize {
+            let byte = group[(octet * n as usize + plane) * TILE + row] as i32;
+            for (i, code) in codes.iter_mut().enumerate() {
+                *code |= (byte >> i & 1) << plane;
+            }
+        }
+    }
 }

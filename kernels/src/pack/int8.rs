@@ -2,17 +2,17 @@
 
 use super::TILE;
 
-#[inline(always)]
-fn at(row: usize, k: usize) -> usize {
-    k / 4 * 4 * TILE + row * 4 + k % 4
-}
-
 pub(super) fn put(group: &mut [u8], row: usize, codes: &[u8]) {
-    for (k, &code) in codes.iter().enumerate() {
-        group[at(row, k)] = code;
+    for (step, four) in codes.chunks_exact(4).enumerate() {
+        group[(step * TILE + row) * 4..][..4].copy_from_slice(four);
     }
 }
 
-pub(crate) fn code(group: &[u8], row: usize, k: usize) -> i32 {
-    group[at(row, k)] as i8 as i32
+/// The codes of a row of a group.
+pub(super) fn get(group: &[u8], row: usize, codes: &mut [i32]) {
+    for (step, four) in codes.chunks_exact_mut(4).enumerate() {
+        for (code, &byte) in four.iter_mut().zip(&group[(step * TILE + row) * 4..][..4]) {
+            *code = byte as i8 as i32;
+        }
+    }
 }

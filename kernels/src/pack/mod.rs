@@ -5,11 +5,11 @@
 //! Rows beyond the matrix in its last tile have zero codes and zero scales. Every source type converts without loss:
 //! `unpack_row` gives the bits that `dequantize` gives.
 
-pub(crate) mod bits;
+mod bits;
 mod buffer;
-pub(crate) mod int8;
+mod int8;
 mod source;
-pub(crate) mod trits;
+mod trits;
 
 use crate::error::{Error, Result};
 use crate::ops::f16_to_f32;
@@ -20,6 +20,8 @@ use std::fmt;
 
 /// Rows in a tile of low-bit weights.
 pub(crate) const TILE: usize = 32;
+/// The largest group of any form.
+pub(crate) const MAX_GROUP: usize = 256;
 /// Rows in a tile of float weights.
 pub(crate) const FLOAT_TILE: usize = 16;
 
@@ -135,14 +137,15 @@ impl PackedForm {
         group[at..at + 2].copy_from_slice(&scale.to_le_bytes());
     }
 
-    /// The code of one weight.
-    fn code(self, group: &[u8], row: usize, k: usize) -> i32 {
+    /// What a row of a tile's group is worth before scaling: code + offset of every weight.
+    pub(crate) fn get(self, group: &[u8], row: usize, values: &mut [i32]) {
         match self.codes {
-            Codes::Bits(_) => bits::code(self, group, row, k),
-            Codes::Int8 => int8::code(group, row, k),
-            Codes::Trits5 => trits::trit(trits::byte(group, row, k), trits::digit(k)),
+            Codes::Bits(n) => bits::get(group, n, row, values),
+            Codes::Int8 => int8::get(group, row, values),
+            Codes::Trits5 => trits::get(group, row, values),
             Codes::Float(_) => unreachable!("float weights have no codes"),
         }
+        values.iter_mut().for_each(|value| *value += self.offset as i32);
     }
 }
 
@@ -188,11 +191,14 @@ impl PackedMatrix {
             }
             return;
         }
+        let mut codes = [0i32; MAX_GROUP];
+        let codes = &mut codes[..form.group as usize];
         let groups = tile.chunks_exact(form.group_tile_bytes());
         for (values, group) in out.chunks_exact_mut(form.group as usize).zip(groups) {
             let scale = form.scale_of(group, row);
-            for (k, value) in values.iter_mut().enumerate() {
-                *value = scale * (form.code(group, row, k) + form.offset as i32) as f32;
+            form.get(group, row, codes);
+            for (value, &code) in values.iter_mut().zip(&*codes) {
+                *value = scale * code as f32;
             }
         }
     }
@@ -226,7 +232,7 @@ fn pack_row(ty: SourceType, form: PackedForm, src: &[u8], tile: &mut [u8], row: 
         }
         return;
     }
-    let mut codes = [0u8; 256];
+    let mut codes = [0u8; MAX_GROUP];
     let codes = &mut codes[..form.group as usize];
     for (block, group) in src.chunks_exact(ty.block_bytes()).zip(tile.chunks_exact_mut(form.group_tile_bytes())) {
         let scale = source::codes(ty, block, codes);

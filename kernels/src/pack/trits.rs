@@ -12,28 +12,9 @@ pub(super) fn words(group: usize) -> usize {
     group.div_ceil(20)
 }
 
-/// Which digit of its byte k is.
-pub(crate) fn digit(k: usize) -> usize {
-    k % 20 / 4
-}
-
-#[inline(always)]
-fn at(row: usize, k: usize) -> usize {
-    (k / 20 * TILE + row) * 4 + k % 4
-}
-
-/// The byte that holds k.
-pub(crate) fn byte(group: &[u8], row: usize, k: usize) -> u8 {
-    group[at(row, k)]
-}
-
-/// Digit n of a byte.
-pub(crate) fn trit(byte: u8, n: usize) -> i32 {
-    let mut rest = byte;
-    for _ in 0..n {
-        rest = rest.wrapping_mul(3);
-    }
-    (rest as i32 * 3) >> 8
+/// A byte's first digit, and the byte of the rest.
+fn first_digit(byte: u8) -> (i32, u8) {
+    ((byte as i32 * 3) >> 8, byte.wrapping_mul(3))
 }
 
 fn encode(digits: [u8; 5]) -> u8 {
@@ -42,10 +23,21 @@ fn encode(digits: [u8; 5]) -> u8 {
 }
 
 pub(super) fn put(group: &mut [u8], row: usize, codes: &[u8]) {
-    for start in (0..codes.len()).step_by(20) {
-        for j in 0..4 {
-            let digits = std::array::from_fn(|n| codes.get(start + 4 * n + j).copied().unwrap_or(0));
-            group[at(row, start + j)] = encode(digits);
+    for (word, codes) in codes.chunks(20).enumerate() {
+        for (j, byte) in group[(word * TILE + row) * 4..][..4].iter_mut().enumerate() {
+            *byte = encode(std::array::from_fn(|n| codes.get(4 * n + j).copied().unwrap_or(0)));
+        }
+    }
+}
+
+/// The codes of a row of a group.
+pub(super) fn get(group: &[u8], row: usize, codes: &mut [i32]) {
+    for (word, codes) in codes.chunks_mut(20).enumerate() {
+        for (j, &byte) in group[(word * TILE + row) * 4..][..4].iter().enumerate() {
+            let mut rest = byte;
+            for code in codes[j..].iter_mut().step_by(4) {
+                (*code, rest) = first_digit(rest);
+            }
         }
     }
 }
@@ -58,9 +50,11 @@ mod tests {
     fn every_five_digits_survive_a_byte() {
         for v in 0..243u32 {
             let digits = [v / 81, v / 27 % 3, v / 9 % 3, v / 3 % 3, v % 3].map(|d| d as u8);
-            let byte = encode(digits);
+            let mut rest = encode(digits);
             for (n, &digit) in digits.iter().enumerate() {
-                assert_eq!(trit(byte, n), digit as i32, "value {v} digit {n}");
+                let first;
+                (first, rest) = first_digit(rest);
+                assert_eq!(first, digit as i32, "value {v} digit {n}");
             }
         }
     }
