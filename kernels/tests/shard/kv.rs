@@ -128,3 +128,40 @@ fn nan_states_are_an_error_and_change_nothing() {
     let states: Vec<u8> = vec![0.5f32; 3 * d].iter().flat_map(|x| x.to_le_bytes()).collect();
     assert_eq!(tail.forward(&batch, &states, None, &mut out).unwrap(), 12);
 }
+
+/// An error found after K and V were written: what they overwrote comes back, also in blocks that went to another sequence.
+#[test]
+fn late_errors_restore_what_was_overwritten() {
+    let model = Model::fixture("llama-tiny-f32.gguf");
+    let (layers, d, vocab) = (model.size("layers"), model.size("embedding"), model.size("vocab"));
+    let bytes = |values: Vec<f32>| -> Vec<u8> { values.iter().flat_map(|x| x.to_le_bytes()).collect() };
+    let mut random = Random(43);
+    let good = bytes((0..70 * d).map(|_| (random.word() >> 40) as f32 / (1 << 24) as f32 - 0.5).collect());
+    let split = 69 * d * 4;
+    let tokens = vec![1; 70];
+    for kv in ["f16", "f32"] {
+        let run = Run { kv, kv_tokens: 128, ..RUN };
+        let open = || crate::model::open(&model.descriptor(layers - 2, layers, run)).unwrap();
+        let mut out = vec![0; vocab * 4];
+        let mut last = |shard: &lutra_kernels::shard::Shard| {
+            let batch = encode(&[Part::new(1, 69, &tokens[69..]).logits()]);
+            shard.forward(&batch, &good[split..], None, &mut out).unwrap();
+            floats(&out)
+        };
+        let first = encode(&[Part::new(1, 0, &tokens[..69])]);
+        let (clean, shard) = (open(), open());
+        clean.forward(&first, &good[..split], None, &mut []).unwrap();
+        shard.forward(&first, &good[..split], None, &mut []).unwrap();
+        let expected = last(&clean);
+        for (pos, count, other) in [(69, 1, 3), (68, 1, 30), (40, 30, 1), (5, 3, 64), (0, 1, 64)] {
+            // Logits alone would be handed over as they are: sampling needs them finite.
+            let sampled = Part::new(2, 0, &tokens[..other]).sample(&crate::model::GREEDY);
+            let bad = bytes(vec![f32::NAN; (count + other) * d]);
+            let batch = encode(&[Part::new(1, pos, &tokens[..count]), sampled]);
+            let code = shard.forward(&batch, &bad, None, &mut [0; 12]).unwrap_err().code;
+            assert_eq!(code, Error::INVALID_DATA);
+            assert_bits(&last(&shard), &expected, &format!("KV {kv}, position {pos}"));
+            shard.truncate(1, 69);
+        }
+    }
+}
