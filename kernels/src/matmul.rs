@@ -13,6 +13,9 @@ use crate::quantize::Table;
 /// Activation rows that a tile kernel takes at once.
 pub(crate) const BATCH: usize = 4;
 
+/// Prepared activations that should stay in a core's L2 cache while weights pass by.
+const BLOCK_BYTES: usize = 256 << 10;
+
 /// What a tile kernel reads. `codes`, `scales` and `tables` are of the form's `act_group`, row-major, and hold at least
 /// `first + count` rows of `k` (their lengths are checked in `matmul`).
 #[derive(Clone, Copy)]
@@ -188,23 +191,28 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
     let kernel = (ks.tile)(form);
     let tile_rows = form.tile_rows();
     let y = Shared(y.as_mut_ptr());
-    pool.run(w.tiles(), &|index| {
-        let row = index * tile_rows;
-        let rows = tile_rows.min(w.rows - row);
-        let mut args = TileArgs { tile: w.tile(index), ..args };
-        let mut out: TileOut = [[0.0; TILE]; BATCH];
-        // A tile meets all activations while it is in cache.
-        for first in (0..n).step_by(BATCH) {
-            args.first = first;
-            args.count = BATCH.min(n - first);
-            // SAFETY: `ks` is usable on this machine and `kernel` is its kernel for the form; the slices were cut above.
-            unsafe { kernel(&args, &mut out) };
-            for (j, sums) in out.iter().enumerate().take(args.count) {
-                // SAFETY: within `y` by the check on entry; rows of this tile are written by this part alone.
-                unsafe { y.slice((first + j) * y_stride + row, rows) }.copy_from_slice(&sums[..rows]);
+    // Blocks of activations that stay in cache meet all tiles; a tile stays in cache while it meets the block.
+    let per_row = k * if form.act_group == 0 { 4 } else { 1 } + args.tables.len() / n * size_of::<Table>();
+    let block = (BLOCK_BYTES / per_row).max(1).next_multiple_of(BATCH);
+    for start in (0..n).step_by(block) {
+        let rows_end = n.min(start + block);
+        pool.run(w.tiles(), &|index| {
+            let row = index * tile_rows;
+            let rows = tile_rows.min(w.rows - row);
+            let mut args = TileArgs { tile: w.tile(index), ..args };
+            let mut out: TileOut = [[0.0; TILE]; BATCH];
+            for first in (start..rows_end).step_by(BATCH) {
+                args.first = first;
+                args.count = BATCH.min(rows_end - first);
+                // SAFETY: `ks` is usable on this machine and `kernel` is its kernel for the form; the slices were cut above.
+                unsafe { kernel(&args, &mut out) };
+                for (j, sums) in out.iter().enumerate().take(args.count) {
+                    // SAFETY: within `y` by the check on entry; rows of this tile are written by this part alone.
+                    unsafe { y.slice((first + j) * y_stride + row, rows) }.copy_from_slice(&sums[..rows]);
+                }
             }
-        }
-    });
+        });
+    }
 }
 
 /// Float tiles over any vector; KIND 0, 1, 2 = F32, F16, BF16.

@@ -183,7 +183,8 @@ fn threads_batches_and_shared_preparation_change_nothing() {
     let mut random = Random::new(4);
     let pools = [1, 2, 3, 8].map(Pool::new);
     for ty in SourceType::ALL {
-        let (rows, cols, n) = (150, 768, 9);
+        // More activations than one block holds, and no whole number of batches.
+        let (rows, cols, n) = (70, 1024, 70);
         let src = source(ty, rows * cols, Weights::Sane, &mut random);
         let w = pack(ty, &src, rows, cols, &pools[1]).unwrap();
         let x = random.floats(n * cols);
@@ -200,7 +201,7 @@ fn threads_batches_and_shared_preparation_change_nothing() {
             // One scratch, used before for more rows and for other forms, and a wider output.
             let forms = SourceType::ALL.map(lutra_kernels::PackedForm::of);
             let mut act = Activations::new();
-            act.prepare(ks, &random.floats(12 * 1024), 12, 1024, &forms, &pools[1]);
+            act.prepare(ks, &random.floats(80 * 1280), 80, 1280, &forms, &pools[1]);
             act.prepare(ks, &x, n, cols, &forms, &pools[1]);
             let stride = rows + 5;
             let mut y = vec![7f32; (n - 1) * stride + rows];
