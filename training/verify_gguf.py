@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from train import read_books
 
-# Largest difference of a logit allowed for the rounding of activations to 8 bits; llama.cpp against float32.
-TOLERANCE = 0.25
+# Root mean square difference of the logits, relative to their spread, allowed for the rounding of activations to 8 bits
+# (llama.cpp against float32): about 0.64 % for each of the model's products in sequence, added as independent errors are.
+TOLERANCE = 0.032
 PROMPTS = ["Once upon a time there was a little girl who lived", "“Where are you going?” said the", "The old man"]
 
 
@@ -117,7 +118,7 @@ def main() -> None:
     end = field(reader, "tokenizer.ggml.eos_token_id")
     ids = np.array([i for text in ours for i in (end, *text)])
     starts = list(range(0, len(ids) - context, context))[: args.windows]
-    largest, agree, count, losses = 0.0, 0, 0, np.zeros(2)
+    largest, squares, agree, count, losses = 0.0, 0.0, 0, 0, np.zeros(2)
     for start in starts:
         window = ids[start : start + context]
         targets = torch.from_numpy(ids[start + 1 : start + context + 1])
@@ -127,6 +128,7 @@ def main() -> None:
         llama.eval(window.tolist())
         actual = torch.from_numpy(np.array(llama.scores[:context]))
         largest = max(largest, (actual - expected).abs().max().item())
+        squares += (actual - expected).square().mean().item() / len(starts)
         agree += (actual.argmax(1) == expected.argmax(1)).sum().item()
         losses += [F.cross_entropy(x, targets, reduction="sum").item() for x in (expected, actual)]
         count += context
@@ -134,8 +136,10 @@ def main() -> None:
     for engine, loss in zip(("transformers float32", "llama.cpp"), losses / count):
         print(f"{engine}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, "
               f"{loss * len(ids) / text_bytes / math.log(2):.4f} bits per byte, {count} tokens")
-    print(f"logits: std {expected.std():.2f}, largest difference {largest:.4f}, argmax equal at {agree} of {count}")
-    assert largest < TOLERANCE and agree > 0.98 * count
+    relative = math.sqrt(squares) / expected.std().item()
+    print(f"logits: std {expected.std():.2f}, relative error {relative:.4f}, largest difference {largest:.4f}, "
+          f"argmax equal at {agree} of {count}")
+    assert relative < TOLERANCE and agree > 0.98 * count
 
     for seed, prompt in enumerate(PROMPTS):
         text = llama(prompt, max_tokens=120, temperature=0.8, top_p=0.95, min_p=0.0, top_k=0, repeat_penalty=1.0, seed=seed)
