@@ -34,6 +34,8 @@ struct Job {
 struct Shared {
     threads: usize,
     spin: Duration,
+    /// Open sessions: while there are any, idle threads keep looking for jobs, however long. Stays 0 in crowded pools.
+    sessions: AtomicUsize,
     /// Number of jobs published; a worker runs once for every step.
     generation: AtomicUsize,
     /// Written by the caller before `generation` rises, read by workers after it did, and not touched again before
@@ -86,6 +88,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             threads: workers.len() + 1,
             spin: if wanted > cores { SPIN_CROWDED } else { SPIN },
+            sessions: AtomicUsize::new(0),
             generation: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             pending: AtomicUsize::new(0),
@@ -105,6 +108,28 @@ impl Pool {
         self.shared.threads
     }
 
+    /// Wakes all threads and keeps them awake until the session is dropped. Open one around jobs that follow each other with
+    /// pauses: waking a sleeping thread takes tens of microseconds, on a virtual machine hundreds, and here it happens once,
+    /// while the caller prepares the first job. Without effect in a pool of more threads than cores.
+    pub fn session(&self) -> Session<'_> {
+        let shared = &*self.shared;
+        let awake = !self.workers.is_empty() && shared.spin == SPIN;
+        if awake {
+            shared.sessions.fetch_add(1, SeqCst);
+            self.wake();
+        }
+        Session { shared: awake.then_some(shared) }
+    }
+
+    /// Wakes the workers that sleep.
+    fn wake(&self) {
+        for (asleep, worker) in self.shared.asleep.iter().zip(&self.workers) {
+            if asleep.swap(false, SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+    }
+
     /// Calls `f(part)` once for every `part < parts` and returns when all calls have. A panic in `f` ends the parts of its
     /// thread, and is raised here again after the other threads have finished theirs.
     pub fn run(&self, parts: usize, f: &(dyn Fn(usize) + Sync)) {
@@ -122,16 +147,26 @@ impl Pool {
         unsafe { *shared.job.get() = Some(Job { function, parts, caller: thread::current() }) };
         shared.pending.store(self.workers.len(), Relaxed);
         shared.generation.fetch_add(1, SeqCst);
-        for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
-            if asleep.swap(false, SeqCst) {
-                worker.thread().unpark();
-            }
-        }
+        self.wake();
         let own = share(shared, function, parts, 0);
-        wait(shared.spin, || shared.pending.load(Acquire) == 0, &shared.caller_sleeps);
+        wait(shared, || shared.pending.load(Acquire) == 0, &shared.caller_sleeps);
         let theirs = lock(&shared.panic).take();
         if let Some(panic) = own.err().or(theirs) {
             resume_unwind(panic);
+        }
+    }
+}
+
+/// See [`Pool::session`].
+pub struct Session<'a> {
+    /// `None` when the session has no effect.
+    shared: Option<&'a Shared>,
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared {
+            shared.sessions.fetch_sub(1, SeqCst);
         }
     }
 }
@@ -159,9 +194,9 @@ fn share(shared: &Shared, function: Function<'_>, parts: usize, index: usize) ->
     result
 }
 
-/// Waits until `done()`, spinning for `spin` and then asleep. Whoever makes `done` true must afterwards swap `sleeps` to
+/// Waits until `done()`, spinning for a while (or as long as a session is open) and then asleep. Whoever makes `done` true must afterwards swap `sleeps` to
 /// false and unpark this thread if it was true. A stray unpark does no harm.
-fn wait(spin: Duration, done: impl Fn() -> bool, sleeps: &AtomicBool) {
+fn wait(shared: &Shared, done: impl Fn() -> bool, sleeps: &AtomicBool) {
     let mut start = None;
     loop {
         for _ in 0..64 {
@@ -170,7 +205,9 @@ fn wait(spin: Duration, done: impl Fn() -> bool, sleeps: &AtomicBool) {
             }
             std::hint::spin_loop();
         }
-        if start.get_or_insert_with(Instant::now).elapsed() > spin {
+        if shared.sessions.load(Relaxed) > 0 {
+            start = None;
+        } else if start.get_or_insert_with(Instant::now).elapsed() > shared.spin {
             break;
         }
     }
@@ -190,11 +227,7 @@ fn wait(spin: Duration, done: impl Fn() -> bool, sleeps: &AtomicBool) {
 fn work(shared: &Shared, index: usize) {
     let mut seen = 0;
     loop {
-        wait(
-            shared.spin,
-            || shared.generation.load(SeqCst) != seen || shared.stop.load(SeqCst),
-            &shared.asleep[index - 1],
-        );
+        wait(shared, || shared.generation.load(SeqCst) != seen || shared.stop.load(SeqCst), &shared.asleep[index - 1]);
         if shared.generation.load(SeqCst) == seen {
             return; // stop
         }

@@ -35,6 +35,8 @@ pub struct Shard {
     pool: Pool,
     /// Runs small jobs on the calling thread.
     inline: Pool,
+    /// Bytes of weights that a pass over one token reads, the embedding's row aside.
+    pass_bytes: usize,
     hyper: Hyper,
     max_batch: usize,
     embedding: Option<Arc<PackedMatrix>>,
@@ -106,8 +108,10 @@ pub struct Stats {
     pub weight_bytes_per_token: usize,
 }
 
-/// Bytes below which a job is done sooner than a second thread joins in: some 10 µs of one thread's memory traffic.
-const INLINE_BYTES: usize = 256 << 10;
+/// Bytes below which a job is done sooner than a thread that waits for it joins in: some 3 µs of one thread's reading.
+const INLINE_BYTES: usize = 64 << 10;
+/// Bytes of a whole pass below which sleeping threads are not woken: some 150 µs of one thread's reading.
+const SESSION_BYTES: usize = 4 << 20;
 
 /// Logits that are computed at once, in bytes; rows beyond wait, whatever the batch asks for.
 const LOGITS_BYTES: usize = 16 << 20;
@@ -166,6 +170,12 @@ impl Shard {
                 down: matrix(&l.down)?,
             });
         }
+        let matrices = |l: &LayerWeights| {
+            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|m| m.bytes()).sum::<usize>()
+                + 4 * (l.attn_norm.len() + l.ffn_norm.len())
+        };
+        let pass_bytes = layers.iter().map(matrices).sum::<usize>()
+            + head.as_ref().map_or(0, |(norm, output): &(Vec<f32>, Arc<PackedMatrix>)| 4 * norm.len() + output.bytes());
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, layers.len(), h.kv_heads, h.head_dim)?;
         let rope = RopeTable::new(h.rope.base, h.rope.dims);
@@ -173,6 +183,7 @@ impl Shard {
             ks,
             pool,
             inline: Pool::new(1),
+            pass_bytes,
             hyper: h,
             max_batch: d.max_batch,
             embedding,
@@ -193,12 +204,6 @@ impl Shard {
     }
 
     pub fn stats(&self) -> Stats {
-        let matrices = |l: &LayerWeights| {
-            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|m| m.bytes()).sum::<usize>()
-                + 4 * (l.attn_norm.len() + l.ffn_norm.len())
-        };
-        let layers: usize = self.layers.iter().map(matrices).sum();
-        let head = self.head.as_ref().map_or(0, |(norm, output)| 4 * norm.len() + output.bytes());
         let (table, row) = self.embedding.as_ref().map_or((0, 0), |m| (m.bytes(), m.bytes() / m.rows.max(1)));
         let tied = match (&self.embedding, &self.head) {
             (Some(e), Some((_, output))) if Arc::ptr_eq(e, output) => table,
@@ -209,9 +214,9 @@ impl Shard {
             kv_blocks_total: state.kv.blocks_total(),
             kv_blocks_free: state.kv.blocks_free(),
             block_tokens: BLOCK_TOKENS,
-            weight_bytes: layers + head + table - tied,
+            weight_bytes: self.pass_bytes + table - tied,
             sequences: state.kv.sequences(),
-            weight_bytes_per_token: layers + head + row,
+            weight_bytes_per_token: self.pass_bytes + row,
         }
     }
 
@@ -257,12 +262,16 @@ impl Shard {
         let h = &self.hyper;
         let (d, dim) = (h.embedding, h.head_dim);
         let (wide, kv_wide, ff) = (h.heads * dim, h.kv_heads * dim, h.feed_forward);
-        let (ks, pool) = (self.ks, &self.pool);
+        let ks = self.ks;
         let State { kv, rope, act, buffers: b } = state;
         let mut n = batch.tokens.len();
         if n == 0 {
             return Ok(());
         }
+
+        // Small passes are the calling thread's alone.
+        let pool = if self.pass_bytes.saturating_mul(n) < SESSION_BYTES { &self.inline } else { &self.pool };
+        let _awake = pool.session();
 
         // Entry and position of every row.
         let mut rows: Vec<(usize, usize)> = Vec::with_capacity(n);
@@ -291,14 +300,14 @@ impl Shard {
             if stop.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
                 return Err(Error::new(Error::STOPPED, "stopped"));
             }
-            self.norm(&b.hidden[..n * d], &layer.attn_norm, &mut b.norm, n);
+            self.norm(pool, &b.hidden[..n * d], &layer.attn_norm, &mut b.norm, n);
             act.prepare(ks, &b.norm[..n * d], n, d, &[layer.q.form, layer.k.form, layer.v.form], pool);
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
-            self.product(&layer.q, act, n, &mut b.q);
-            self.product(&layer.k, act, n, &mut b.k);
-            self.product(&layer.v, act, n, &mut b.v);
+            self.product(pool, &layer.q, act, n, &mut b.q);
+            self.product(pool, &layer.k, act, n, &mut b.k);
+            self.product(pool, &layer.v, act, n, &mut b.v);
 
             let style = h.rope.style;
             let (q, k) = (Shared(b.q.as_mut_ptr()), Shared(b.k.as_mut_ptr()));
@@ -347,7 +356,7 @@ impl Shard {
             let group = h.heads / h.kv_heads;
             let together = if n * h.kv_heads < pool.threads() { 1 } else { group };
             let parts = h.heads / together;
-            self.pool_for(cached * wide * 8).run(n * parts, &|part| {
+            self.pool_for(pool, cached * wide * 8).run(n * parts, &|part| {
                 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
                 let (i, head) = (part / parts, part % parts * together);
                 let (e, pos) = rows[i];
@@ -359,20 +368,20 @@ impl Shard {
             });
             act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
             resize(&mut b.delta, n * d);
-            self.product(&layer.o, act, n, &mut b.delta);
+            self.product(pool, &layer.o, act, n, &mut b.delta);
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
 
-            self.norm(&b.hidden[..n * d], &layer.ffn_norm, &mut b.norm, n);
+            self.norm(pool, &b.hidden[..n * d], &layer.ffn_norm, &mut b.norm, n);
             act.prepare(ks, &b.norm[..n * d], n, d, &[layer.gate.form, layer.up.form], pool);
             resize(&mut b.gate, n * ff);
             resize(&mut b.up, n * ff);
-            self.product(&layer.gate, act, n, &mut b.gate);
-            self.product(&layer.up, act, n, &mut b.up);
+            self.product(pool, &layer.gate, act, n, &mut b.gate);
+            self.product(pool, &layer.up, act, n, &mut b.up);
             let (gate, up) = (Shared(b.gate.as_mut_ptr()), &b.up);
             // SAFETY: row i is this part's own.
             pool.run(n, &|i| ops::silu_mul(ks, unsafe { gate.part(i * ff, ff) }, &up[i * ff..(i + 1) * ff]));
             act.prepare(ks, &b.gate[..n * ff], n, ff, &[layer.down.form], pool);
-            self.product(&layer.down, act, n, &mut b.delta);
+            self.product(pool, &layer.down, act, n, &mut b.delta);
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
         }
 
@@ -383,7 +392,7 @@ impl Shard {
                 }
                 Ok(())
             }
-            Some((norm, output)) => self.results(norm, output, kv, act, b, batch, out),
+            Some((norm, output)) => self.results(pool, norm, output, kv, act, b, batch, out),
         }
     }
 
@@ -391,6 +400,7 @@ impl Shard {
     #[allow(clippy::too_many_arguments)]
     fn results(
         &self,
+        pool: &Pool,
         norm: &[f32],
         output: &PackedMatrix,
         kv: &KvCache,
@@ -405,12 +415,12 @@ impl Shard {
         let at_once = (LOGITS_BYTES / (4 * vocab)).max(1);
         for (i, rows) in rows.chunks(at_once).enumerate() {
             let n = rows.len();
-            self.norm(&b.hidden[i * at_once * d..][..n * d], norm, &mut b.norm, n);
-            act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], &self.pool);
+            self.norm(pool, &b.hidden[i * at_once * d..][..n * d], norm, &mut b.norm, n);
+            act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], pool);
             resize(&mut b.logits, n * vocab);
-            self.product(output, act, n, &mut b.logits);
+            self.product(pool, output, act, n, &mut b.logits);
             let (logits, out) = (Shared(b.logits.as_mut_ptr()), Shared(out.as_mut_ptr()));
-            self.pool_for(n * vocab * 16).run(n, &|i| {
+            self.pool_for(pool, n * vocab * 16).run(n, &|i| {
                 // SAFETY: row i is this part's own.
                 let logits = unsafe { logits.part(i * vocab, vocab) };
                 // SAFETY: `answers` lays them one after the other, and `out` is as long as they are together.
@@ -432,26 +442,26 @@ impl Shard {
         failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    /// The pool for a job that reads so many bytes.
-    fn pool_for(&self, bytes: usize) -> &Pool {
+    /// `pool`, or the calling thread alone for a job that reads few bytes.
+    fn pool_for<'a>(&'a self, pool: &'a Pool, bytes: usize) -> &'a Pool {
         if bytes < INLINE_BYTES {
             &self.inline
         } else {
-            &self.pool
+            pool
         }
     }
 
     /// `y = x · Wᵀ` for the `n` rows of activations in `act`.
-    fn product(&self, w: &PackedMatrix, act: &Activations, n: usize, y: &mut [f32]) {
-        matmul(self.ks, w, act, y, w.rows, self.pool_for(w.bytes() * n));
+    fn product(&self, pool: &Pool, w: &PackedMatrix, act: &Activations, n: usize, y: &mut [f32]) {
+        matmul(self.ks, w, act, y, w.rows, self.pool_for(pool, w.bytes() * n));
     }
 
-    fn norm(&self, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {
+    fn norm(&self, pool: &Pool, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {
         let (ks, d, eps) = (self.ks, self.hyper.embedding, self.hyper.rms_eps);
         resize(out, n * d);
         let out = Shared(out.as_mut_ptr());
         // SAFETY: row i is this part's own.
-        self.pool.run(n, &|i| ops::rms_norm(ks, &x[i * d..(i + 1) * d], weight, eps, unsafe { out.part(i * d, d) }));
+        pool.run(n, &|i| ops::rms_norm(ks, &x[i * d..(i + 1) * d], weight, eps, unsafe { out.part(i * d, d) }));
     }
 }
 

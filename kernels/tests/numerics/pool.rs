@@ -77,3 +77,31 @@ fn callers_take_turns_and_nesting_runs_inline() {
     });
     assert_eq!(total.load(Relaxed), 4 * 100 * 5 * 2);
 }
+
+#[test]
+fn sessions_nest_end_and_change_no_result() {
+    for threads in [1, 2, 3, 9] {
+        let pool = Pool::new(threads);
+        let done = AtomicUsize::new(0);
+        let count = |_| {
+            done.fetch_add(1, Relaxed);
+        };
+        for round in 0..20 {
+            let outer = pool.session();
+            pool.run(7, &count);
+            {
+                let _inner = pool.session();
+                std::thread::sleep(Duration::from_micros(300)); // longer than idle threads stay awake by themselves
+                pool.run(7, &count);
+            }
+            pool.run(7, &count);
+            drop(outer);
+            if round % 5 == 0 {
+                std::thread::sleep(Duration::from_millis(2)); // all asleep
+            }
+            pool.run(7, &count);
+        }
+        assert_eq!(done.load(Relaxed), 20 * 4 * 7);
+        drop(pool);
+    }
+}
