@@ -13,6 +13,9 @@ import { Engine } from "./engine.ts";
 import type { EngineOptions } from "./engine.ts";
 import { read, settled } from "../tests/fakes/cluster.ts";
 
+// Never closed, hence opened before any test: it is no test's leak.
+loadKernels();
+
 /** An engine on `shards` workers with a thread each. */
 async function start(path: string, options: Partial<EngineOptions> & { threads?: number; isa?: string } = {}) {
   const { threads = 1, isa, ...engineOptions } = options;

@@ -6,6 +6,10 @@
  */
 import { startLocalCluster } from "../cli/local_cluster.ts";
 import type { LocalCluster, LocalClusterOptions } from "../cli/local_cluster.ts";
+import { loadKernels } from "../worker/mod.ts";
+
+// The library is never closed (see kernel_library.ts): opened before any test, it is no test's leak.
+loadKernels();
 
 /** Starts a cluster whose workers have one thread each unless told otherwise; `await using` closes it. */
 export function startCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {

@@ -6,6 +6,9 @@ import { KernelError, KernelErrorCode } from "./errors.ts";
 import { fakeShard } from "../tests/fakes/kernels.ts";
 import { loadKernels } from "./kernel_library.ts";
 
+// Never closed, hence opened before any test: it is no test's leak.
+loadKernels();
+
 Deno.test("loadKernels: a missing or foreign library is an error that says what to do", () => {
   assert.throws(() => loadKernels({ path: "/nowhere/liblutra_kernels.so" }), {
     name: "KernelLibraryError",
