@@ -23,7 +23,8 @@ Deno.test({
   sanitizeOps: false,
   sanitizeResources: false,
   async fn() {
-    await using cluster = await startCluster(repoPath("models", "lutra-books-6M-TQ2_0.gguf"));
+    // The slow kernels, so that an answer is still under way when a person would stop it.
+    await using cluster = await startCluster(repoPath("models", "lutra-books-6M-TQ2_0.gguf"), { isa: "portable" });
     const { engine } = cluster;
     const page = Deno.readTextFileSync(repoPath("orchestrator", "page", "page.html"));
     const app = createApp({ engine, page, apiKey: "otter" });
