@@ -124,7 +124,7 @@ Deno.test("limits: a body that is too large is refused with 413, a full queue wi
       }
     },
     { maxBodyBytes: 2000 },
-    { maxRunning: 1, maxQueued: 1 },
+    { maxRunning: 1, maxQueued: 1, isa: "portable" },
   ));
 
 Deno.test("healthz: 200 while the engine answers, 503 with a reason afterwards, as the other routes", () =>
