@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import OpenAI from "openai";
 import { fixture, repoPath } from "../tests/data.ts";
 
 /** Runs the command line as a user does. */
@@ -69,6 +70,57 @@ Deno.test("bench --json: reports rates and their share of the bandwidth", async 
   const result = JSON.parse(stdout);
   assert.ok(result.prefillTokS > 0 && result.decodeTokS > 0 && result.bandwidthGBps > 0 && result.share > 0);
   assert.equal(result.weightBytesPerStep > 1e5, true);
+});
+
+Deno.test({
+  name: "serve: answers a real client over HTTP until it is told to stop, then ends in order",
+  ignore: Deno.build.os === "windows", // no SIGTERM there
+  async fn() {
+    const child = new Deno.Command(Deno.execPath(), {
+      args: ["run", "-P=serve", repoPath("mod.ts"), "serve", model, "--port", "0", "--shards", "2", "--threads", "1"],
+      cwd: repoPath(),
+      stdout: "piped",
+      stderr: "null",
+    }).spawn();
+    const output = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    while (!text.includes("\n")) {
+      const { value, done } = await output.read();
+      assert.ok(!done, `the server ended: ${text}`);
+      text += value;
+    }
+    const url = /http:\/\/127\.0\.0\.1:\d+/.exec(text)?.[0];
+    assert.ok(url, text);
+    assert.match(text, /2 × 1 threads/);
+    const client = new OpenAI({ apiKey: "unused", baseURL: `${url}/v1`, maxRetries: 0 });
+    const request = {
+      model: "llama-q-Q4_0",
+      messages: [{ role: "user" as const, content: "Hello" }],
+      max_tokens: 12,
+      seed: 4,
+    };
+    let streamed = "";
+    for await (const chunk of await client.chat.completions.create({ ...request, stream: true })) {
+      streamed += chunk.choices[0]?.delta.content ?? "";
+    }
+    assert.equal(streamed, (await client.chat.completions.create(request)).choices[0]!.message.content);
+    const page = await fetch(url);
+    assert.match(await page.text(), /<title>Lutra<\/title>/);
+    // Told to stop in the middle of an answer, it finishes that one.
+    const last = await client.completions.create({
+      ...{ model: "llama-q-Q4_0", prompt: "The", max_tokens: 100, stream: true as const },
+      ...{ ignore_eos: true }, // Lutra's own
+    });
+    let pieces = 0;
+    let reason: string | null = null;
+    for await (const chunk of last) {
+      if (pieces++ === 0) child.kill("SIGTERM");
+      reason = chunk.choices[0]?.finish_reason ?? reason;
+    }
+    assert.equal(reason, "length");
+    while (!(await output.read()).done);
+    assert.equal((await child.status).code, 0);
+  },
 });
 
 for (

@@ -35,23 +35,22 @@ export function addServe(program: Command): void {
       ...(apiKey === undefined || apiKey === "" ? {} : { apiKey }),
       ...(flags.cors === true ? { cors: true } : {}),
     });
-    const stop = new AbortController();
     const server = Deno.serve({
       hostname: flags.host,
       port: flags.port,
-      signal: stop.signal,
       onListen: ({ hostname, port }) => {
         const shown = hostname === "0.0.0.0" ? "127.0.0.1" : hostname.includes(":") ? `[${hostname}]` : hostname;
         const stages = engine.stats().stages.length;
         console.log(`${engine.model.id} on http://${shown}:${port} (API under /v1, ${stages} × ${threads} threads)`);
       },
     }, app.fetch);
+    let stopping = false;
     const end = () => {
-      // First signal: no new requests, running ones end. Second: at once.
-      if (stop.signal.aborted) Deno.exit(130);
-      console.error("stopping…");
-      stop.abort();
-      void cluster.close();
+      // The first signal: no new requests, running ones are answered. The second: at once.
+      if (stopping) Deno.exit(130);
+      stopping = true;
+      console.error("stopping when running requests are answered; again to stop now");
+      void server.shutdown();
     };
     const signals: Deno.Signal[] = Deno.build.os === "windows" ? ["SIGINT"] : ["SIGINT", "SIGTERM"];
     for (const signal of signals) Deno.addSignalListener(signal, end);
