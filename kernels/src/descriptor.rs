@@ -213,10 +213,11 @@ impl TensorRef {
             return Err(Error::data(format!("tensor {} has shape {:?}, not {expected:?}", self.name, self.shape)));
         }
         let ty = self.source_type()?;
-        let row = ty.row_bytes(cols).map_err(|e| Error::new(e.code, format!("tensor {}: {}", self.name, e.message)))?;
-        let bytes = (row as u64).checked_mul(rows.unwrap_or(1) as u64);
-        if bytes != Some(self.bytes) {
-            return Err(Error::data(format!("tensor {} has {} bytes, not {bytes:?}", self.name, self.bytes)));
+        let bytes = ty
+            .tensor_bytes(rows.unwrap_or(1), cols)
+            .map_err(|e| Error::new(e.code, format!("tensor {}: {}", self.name, e.message)))?;
+        if bytes as u64 != self.bytes {
+            return Err(Error::data(format!("tensor {} has {} bytes, not {bytes}", self.name, self.bytes)));
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use crate::arch;
 use crate::error::{Error, Result};
 use crate::matmul::TileKernel;
 use crate::ops::FloatOps;
-use crate::pack::PackedForm;
+use crate::pack::{PackedForm, SourceType};
 use crate::quantize::{Quantize, Table};
 use std::fmt;
 
@@ -14,6 +14,7 @@ use std::fmt;
 pub enum Isa {
     Portable,
     Avx2,
+    Avx512,
 }
 
 impl Isa {
@@ -22,6 +23,7 @@ impl Isa {
         match self {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
         }
     }
 }
@@ -40,6 +42,8 @@ pub struct Kernels {
     pub isa: Isa,
     /// The kernel for a tile of this form.
     pub(crate) tile: fn(PackedForm) -> TileKernel,
+    /// The form that is best for a type as far as is known without measuring.
+    pub(crate) preferred: fn(SourceType) -> PackedForm,
     /// Whether that kernel reads lookup tables (`quantize::Table`).
     pub(crate) wants_tables: fn(PackedForm) -> bool,
     /// `quantize::quantize_portable`, with the requirements on lengths stated there.
@@ -57,11 +61,18 @@ impl fmt::Debug for Kernels {
     }
 }
 
+impl Kernels {
+    /// The form to pack a type into for these kernels.
+    pub fn form(&self, ty: SourceType) -> PackedForm {
+        (self.preferred)(ty)
+    }
+}
+
 /// Every set of kernels that this machine can run, portable first, best last.
 pub fn available() -> Vec<&'static Kernels> {
     let mut sets: Vec<&'static Kernels> = vec![&arch::portable::KERNELS];
     #[cfg(target_arch = "x86_64")]
-    sets.extend(arch::x86_64::avx2::kernels());
+    sets.extend(arch::x86_64::avx2::kernels().into_iter().chain(arch::x86_64::avx512::kernels()));
     sets
 }
 

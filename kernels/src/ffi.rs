@@ -300,7 +300,7 @@ pub unsafe extern "C" fn lutra_shard_close(handle: u32, err: *mut u8, err_len: u
 fn matrix(kind: u32, src: &[u8], rows: u32, cols: u32, pool: &Pool) -> Result<crate::pack::PackedMatrix> {
     let ty = SourceType::from_ggml(kind)?;
     let (rows, cols) = (rows as usize, cols as usize);
-    if rows == 0 || cols == 0 || ty.row_bytes(cols)?.checked_mul(rows) != Some(src.len()) {
+    if rows == 0 || cols == 0 || ty.tensor_bytes(rows, cols)? != src.len() {
         return Err(Error::argument(format!("{} bytes are no matrix of {rows} × {cols}", src.len())));
     }
     pack(ty, src, rows, cols, pool)

@@ -34,5 +34,5 @@ pub mod shard;
 pub use dispatch::{available, select, Isa, Kernels};
 pub use error::{Error, Result};
 pub use matmul::{matmul, Activations};
-pub use pack::{dequantize, pack, PackedForm, PackedMatrix, SourceType};
+pub use pack::{dequantize, pack, pack_as, PackedForm, PackedMatrix, SourceType};
 pub use pool::Pool;

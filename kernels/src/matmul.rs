@@ -6,18 +6,18 @@
 
 use crate::arch::vector::Vector;
 use crate::dispatch::Kernels;
-use crate::pack::{Codes, PackedForm, PackedMatrix, FLOAT_TILE, TILE};
+use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILE};
 use crate::pool::Pool;
 use crate::quantize::Table;
 
 /// Activation rows that a tile kernel takes at once.
-pub(crate) const BATCH: usize = 4;
+pub(crate) const BATCH: usize = 8;
 
 /// Prepared activations that should stay in a core's L2 cache while weights pass by.
 const BLOCK_BYTES: usize = 256 << 10;
 
-/// What a tile kernel reads. `codes`, `scales` and `tables` are of the form's `act_group`, row-major, and hold at least
-/// `first + count` rows of `k` (their lengths are checked in `matmul`).
+/// What a tile kernel reads. `codes`, `scales`, `sums` and `tables` are of the form's `act_group`, row-major, and hold at
+/// least `first + count` rows of `k` (their lengths are checked in `matmul`).
 #[derive(Clone, Copy)]
 pub(crate) struct TileArgs<'a> {
     pub form: PackedForm,
@@ -29,12 +29,17 @@ pub(crate) struct TileArgs<'a> {
     pub x: &'a [f32],
     pub codes: &'a [i8],
     pub scales: &'a [f32],
+    /// Σ a of each group.
     pub sums: &'a [i32],
+    /// Σ a of each sub; empty for forms without.
+    pub sub_sums: &'a [i16],
+    /// The matrix's scale, for `ScaleKind::Tensor`.
+    pub scale: f32,
     pub tables: &'a [Table],
 }
 
-/// `out[j][row]`, for activation row `first + j`; float tiles fill the first `FLOAT_TILE`.
-pub(crate) type TileOut = [[f32; TILE]; BATCH];
+/// `out[j][row]`, for activation row `first + j`; float tiles fill the first `FIELD_TILE`.
+pub(crate) type TileOut = [[f32; MAX_TILE]; BATCH];
 
 /// Multiplies one tile with `count` rows of activations.
 ///
@@ -50,6 +55,9 @@ struct Quantized {
     codes: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
+    /// Sums of every 16 and of every 32 codes.
+    sums16: Vec<i16>,
+    sums32: Vec<i16>,
     tables: Vec<Table>,
     /// What of it belongs to the current activations.
     current: bool,
@@ -96,14 +104,14 @@ impl Activations {
     pub fn prepare(&mut self, ks: &Kernels, x: &[f32], n: usize, k: usize, forms: &[PackedForm], pool: &Pool) {
         assert!(n > 0 && k > 0 && n.checked_mul(k) == Some(x.len()), "prepare: {n} × {k} is not {}", x.len());
         (self.n, self.k) = (n, k);
-        self.has_floats = forms.iter().any(|form| form.act_group == 0);
+        self.has_floats = forms.iter().any(|form| form.act_group() == 0);
         if self.has_floats {
             self.x.clear();
             self.x.extend_from_slice(x);
         }
         self.quantized.iter_mut().for_each(|q| q.current = false);
-        for form in forms.iter().filter(|form| form.act_group != 0) {
-            let group = form.act_group as usize;
+        for form in forms.iter().filter(|form| form.act_group() != 0) {
+            let group = form.act_group();
             assert!(k % group == 0, "prepare: rows of {k} are not groups of {group}");
             let tables = (ks.wants_tables)(*form);
             let at = self.quantized.iter().position(|q| q.group == group).unwrap_or_else(|| {
@@ -122,6 +130,8 @@ impl Quantized {
             codes: Vec::new(),
             scales: Vec::new(),
             sums: Vec::new(),
+            sums16: Vec::new(),
+            sums32: Vec::new(),
             tables: Vec::new(),
             current: false,
             has_tables: false,
@@ -139,12 +149,17 @@ impl Quantized {
         self.codes.resize(n * k, 0);
         self.scales.resize(n * groups, 0.0);
         self.sums.resize(n * groups, 0);
+        // Only groups of 256 are of forms with subs.
+        let (subs16, subs32) = if group == 256 { (k / 16, k / 32) } else { (0, 0) };
+        self.sums16.resize(n * subs16, 0);
+        self.sums32.resize(n * subs32, 0);
         if build {
             self.tables.resize(n * (k / 4), Table::ZERO);
         }
         let codes = Shared(self.codes.as_mut_ptr());
         let scales = Shared(self.scales.as_mut_ptr());
         let sums = Shared(self.sums.as_mut_ptr());
+        let (sums16, sums32) = (Shared(self.sums16.as_mut_ptr()), Shared(self.sums32.as_mut_ptr()));
         let table = Shared(self.tables.as_mut_ptr());
         pool.run(n, &|i| {
             // SAFETY: part i takes row i of each, within the lengths just set. `ks` is usable here (see `Kernels`), and
@@ -154,6 +169,13 @@ impl Quantized {
                 if quantize {
                     let (scales, sums) = (scales.slice(i * groups, groups), sums.slice(i * groups, groups));
                     (ks.quantize)(&x[i * k..][..k], group, codes, scales, sums);
+                    let (sums16, sums32) = (sums16.slice(i * subs16, subs16), sums32.slice(i * subs32, subs32));
+                    for (sum, codes) in sums16.iter_mut().zip(codes.chunks_exact(16)) {
+                        *sum = codes.iter().map(|&a| a as i16).sum(); // ≤ 16·127
+                    }
+                    for (sum, two) in sums32.iter_mut().zip(sums16.chunks_exact(2)) {
+                        *sum = two[0] + two[1];
+                    }
                 }
                 if build {
                     (ks.build_tables)(codes, table.slice(i * (k / 4), k / 4));
@@ -171,18 +193,35 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
     assert!(n > 0 && k == w.cols, "matmul: activations of {k} for {w:?}");
     let needed = (n - 1).checked_mul(y_stride).and_then(|before| before.checked_add(w.rows));
     assert!(y_stride >= w.rows && needed.is_some_and(|needed| needed <= y.len()), "matmul: output is too short");
-    let mut args =
-        TileArgs { form, tile: &[], k, first: 0, count: 0, x: &[], codes: &[], scales: &[], sums: &[], tables: &[] };
-    if form.act_group == 0 {
+    let mut args = TileArgs {
+        form,
+        tile: &[],
+        k,
+        first: 0,
+        count: 0,
+        x: &[],
+        codes: &[],
+        scales: &[],
+        sums: &[],
+        sub_sums: &[],
+        scale: w.scale,
+        tables: &[],
+    };
+    if form.act_group() == 0 {
         assert!(act.has_floats, "matmul: activations were not prepared for {form:?}");
         args.x = &act.x[..n * k];
     } else {
-        let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group as usize);
+        let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group());
         let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
         let groups = k / prepared.group;
         args.codes = &prepared.codes[..n * k];
         args.scales = &prepared.scales[..n * groups];
         args.sums = &prepared.sums[..n * groups];
+        args.sub_sums = match form.scale.sub(prepared.group) {
+            _ if form.scale.words() == 0 => &[],
+            16 => &prepared.sums16[..n * (k / 16)],
+            _ => &prepared.sums32[..n * (k / 32)],
+        };
         if (ks.wants_tables)(form) {
             assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
             args.tables = &prepared.tables[..n * (k / 4)];
@@ -192,7 +231,7 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
     let tile_rows = form.tile_rows();
     let y = Shared(y.as_mut_ptr());
     // Blocks of activations that stay in cache meet all tiles; a tile stays in cache while it meets the block.
-    let per_row = k * if form.act_group == 0 { 4 } else { 1 } + args.tables.len() / n * size_of::<Table>();
+    let per_row = k * if form.act_group() == 0 { 4 } else { 1 } + args.tables.len() / n * size_of::<Table>();
     let block = (BLOCK_BYTES / per_row).max(1).next_multiple_of(BATCH);
     for start in (0..n).step_by(block) {
         let rows_end = n.min(start + block);
@@ -200,7 +239,7 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
             let row = index * tile_rows;
             let rows = tile_rows.min(w.rows - row);
             let mut args = TileArgs { tile: w.tile(index), ..args };
-            let mut out: TileOut = [[0.0; TILE]; BATCH];
+            let mut out: TileOut = [[0.0; MAX_TILE]; BATCH];
             for first in (start..rows_end).step_by(BATCH) {
                 args.first = first;
                 args.count = BATCH.min(rows_end - first);
@@ -226,7 +265,7 @@ pub(crate) unsafe fn float_tile<V: Vector, const KIND: u8>(args: &TileArgs, out:
     debug_assert!(matches!(args.form.codes, Codes::Float(_)));
     let size = if KIND == 0 { 4 } else { 2 };
     let k = args.k;
-    assert!(args.tile.len() == k * FLOAT_TILE * size && args.x.len() >= (args.first + args.count) * k);
+    assert!(args.tile.len() == k * FIELD_TILE * size && args.x.len() >= (args.first + args.count) * k);
     for (j, out) in out.iter_mut().enumerate().take(args.count) {
         let x = &args.x[(args.first + j) * k..][..k];
         let mut acc = [[V::zero(); 2]; 4];
@@ -261,7 +300,7 @@ pub(crate) unsafe fn float_tile<V: Vector, const KIND: u8>(args: &TileArgs, out:
 #[inline(always)]
 unsafe fn weights<V: Vector, const KIND: u8>(args: &TileArgs, column: usize, half: usize) -> V {
     let size = if KIND == 0 { 4 } else { 2 };
-    let at = args.tile.as_ptr().add((column * FLOAT_TILE + half * 8) * size);
+    let at = args.tile.as_ptr().add((column * FIELD_TILE + half * 8) * size);
     match KIND {
         0 => V::load(at.cast()),
         1 => V::load_f16(at.cast()),

@@ -9,7 +9,7 @@ use crate::kv::{KvCache, BLOCK_TOKENS};
 use crate::mapping::ModelFile;
 use crate::matmul::{matmul, Activations};
 use crate::ops;
-use crate::pack::{dequantize, pack, PackedMatrix};
+use crate::pack::{dequantize, pack_as, PackedMatrix};
 use crate::pool::Pool;
 use crate::sampling::{sample, Sampled};
 use std::cell::RefCell;
@@ -141,7 +141,8 @@ impl Shard {
         let file = ModelFile::open(&d.path)?;
         let named = |t: &TensorRef, e: Error| Error::new(e.code, format!("tensor {}: {}", t.name, e.message));
         let matrix = |t: &TensorRef| {
-            pack(t.source_type()?, file.tensor(t)?, t.shape[1], t.shape[0], &pool).map_err(|e| named(t, e))
+            let ty = t.source_type()?;
+            pack_as(ks.form(ty), ty, file.tensor(t)?, t.shape[1], t.shape[0], &pool).map_err(|e| named(t, e))
         };
         let vector = |t: &TensorRef| {
             let mut out = vec![0.0; t.shape[0]];

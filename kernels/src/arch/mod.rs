@@ -4,6 +4,7 @@
 //! that need their own instructions (tiles of low-bit weights, quantising, table building). `portable` is plain Rust and
 //! the oracle: every other set must give the same bits. Callers reach all of it through `dispatch::Kernels`.
 
+pub(crate) mod dot;
 pub(crate) mod portable;
 pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
@@ -13,7 +14,7 @@ pub(crate) mod x86_64;
 mod tests {
     //! Forms that no source type of today packs into; `tests/numerics` has the others.
 
-    use crate::pack::{Codes, PackedForm, PackedMatrix, ScaleKind};
+    use crate::pack::{Codes, PackedForm, PackedMatrix, ScaleKind, Values};
     use crate::{available, matmul, Activations, Pool};
 
     #[test]
@@ -24,23 +25,25 @@ mod tests {
             state >> 33
         };
         let pool = Pool::new(1);
-        let widths = [1, 2, 3, 4, 5].map(Codes::Bits).into_iter().chain([Codes::Int8, Codes::Trits5]);
-        for codes in widths {
+        let planes = [1, 2, 3, 4].map(Codes::Planes);
+        let fields = [1, 2, 3, 4, 5, 6, 8].map(Codes::Fields);
+        for codes in planes.into_iter().chain(fields).chain([Codes::Trits, Codes::IndexedTrits]) {
             let (limit, offsets): (u64, &[i8]) = match codes {
-                Codes::Bits(n) => (1 << n, &[0, -1, -(1 << (n - 1)), 1]),
-                Codes::Int8 => (256, &[0, 3]),
-                _ => (3, &[-1]),
+                Codes::Planes(n) | Codes::Fields(n @ ..=6) => (1 << n, &[0, -1, -(1 << (n - 1)), 1]),
+                Codes::Fields(_) => (256, &[0]),
+                _ => (3, &[-1, 0]),
             };
+            let kinds = offsets.iter().flat_map(|&offset| [(offset, ScaleKind::F16), (offset, ScaleKind::F16Min)]);
             for group in [32u16, 64, 96, 128, 256] {
-                for &offset in offsets {
-                    let form = PackedForm { codes, group, offset, scale: ScaleKind::F16, act_group: group };
+                for (offset, scale) in kinds.clone() {
+                    let form = PackedForm { codes, values: Values::Offset(offset), group, scale };
                     // Random codes; then the largest and the smallest throughout, against the largest activations.
                     for extreme in [None, Some(limit - 1), Some(0)] {
                         let cols = 2 * group as usize;
                         let mut codes = vec![0u8; 37 * cols];
                         codes.fill_with(|| extreme.unwrap_or_else(|| random() % limit) as u8);
-                        let w = PackedMatrix::from_codes(form, 37, cols, &codes, 0x2e66);
-                        for n in [1, 2, 3, 5] {
+                        let w = PackedMatrix::from_codes(form, 37, cols, &codes, 0x2e66, 0xad21);
+                        for n in [1, 2, 5, 9] {
                             let mut x: Vec<f32> = vec![0.0; n * cols];
                             x.fill_with(|| random() as f32 / (1u64 << 30) as f32 - 1.0);
                             if extreme.is_some() {

@@ -4,7 +4,7 @@ use super::vector::Vector;
 use crate::dispatch::{Isa, Kernels};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
 use crate::ops::{bf16_to_f32, f16_to_f32, f32_to_f16, float_ops};
-use crate::pack::{Codes, FloatKind, PackedForm, MAX_GROUP, TILE};
+use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, MAX_GROUP};
 use crate::quantize::{build_tables_portable, quantize_portable};
 
 /// Eight floats in an array.
@@ -89,6 +89,7 @@ impl Vector for Lanes {
 pub(crate) static KERNELS: Kernels = Kernels {
     isa: Isa::Portable,
     tile,
+    preferred: PackedForm::of,
     wants_tables: |_| false,
     quantize: quantize_portable,
     build_tables: build_tables_portable,
@@ -102,26 +103,43 @@ pub(crate) fn tile(form: PackedForm) -> TileKernel {
         Codes::Float(FloatKind::F32) => float_tile::<Lanes, 0>,
         Codes::Float(FloatKind::F16) => float_tile::<Lanes, 1>,
         Codes::Float(FloatKind::Bf16) => float_tile::<Lanes, 2>,
-        Codes::Bits(_) | Codes::Int8 | Codes::Trits5 => grouped,
+        _ => grouped,
     }
 }
 
-/// Rows one after the other, groups in order: `acc = fma(d_w·d_a, Σ (code + offset)·a, acc)`.
+/// Rows one after the other, groups in order: `acc = fma(d·d_a, Σ s·(Σ value·a), acc)`, s being 1 without subs, then with
+/// minima `acc = fma(m·d_a, Σ a, acc)`, or `acc = fma(dmin·d_a, −Σ m·(Σ a), acc)` with subs.
 fn grouped(args: &TileArgs, out: &mut TileOut) {
     let form = args.form;
     let size = form.group as usize;
-    let groups = args.k / size;
-    let mut weights = [0i32; MAX_GROUP];
-    let weights = &mut weights[..size];
-    for row in 0..TILE {
+    let (groups, sub) = (args.k / size, form.scale.sub(size));
+    let mut values = [0i32; MAX_GROUP];
+    let values = &mut values[..size];
+    for row in 0..form.tile_rows() {
         let mut acc = [0f32; BATCH];
         for (g, group) in args.tile.chunks_exact(form.group_tile_bytes()).enumerate() {
-            form.get(group, row, weights);
+            let scales = form.get(group, row, args.scale, values);
             for (i, acc) in (args.first..args.first + args.count).zip(&mut acc) {
                 let a = &args.codes[i * args.k + g * size..][..size];
-                let sum: i32 = weights.iter().zip(a).map(|(&w, &a)| w * a as i32).sum();
-                let scale = form.scale_of(group, row) * args.scales[i * groups + g];
-                *acc = scale.mul_add(sum as f32, *acc);
+                let (mut sum, mut mins) = (0i32, 0i32);
+                for (j, (values, a)) in values.chunks_exact(sub).zip(a.chunks_exact(sub)).enumerate() {
+                    let dot: i32 = values.iter().zip(a).map(|(&w, &a)| w * a as i32).sum();
+                    let activations: i32 = a.iter().map(|&a| a as i32).sum();
+                    sum += dot * scales.sub_scales[j];
+                    mins += activations * scales.sub_mins[j];
+                }
+                let d_a = args.scales[i * groups + g];
+                *acc = (scales.d * d_a).mul_add(sum as f32, *acc);
+                match form.scale {
+                    ScaleKind::F16Min => {
+                        let activations: i32 = a.iter().map(|&a| a as i32).sum();
+                        *acc = (scales.min * d_a).mul_add(activations as f32, *acc);
+                    }
+                    ScaleKind::Sub4Min | ScaleKind::Sub6Min => {
+                        *acc = (scales.min * d_a).mul_add(-mins as f32, *acc);
+                    }
+                    _ => {}
+                }
             }
         }
         for (out, acc) in out.iter_mut().zip(acc).take(args.count) {

@@ -1,29 +1,36 @@
 //! Weights: source blocks as the model file has them, and the canonical packed form that kernels read.
 //!
 //! A packed matrix is a sequence of tiles; a tile holds `tile_rows` whole rows as one sequential stream of groups along k.
-//! A group holds the codes of all rows interleaved as its `Codes` says (`bits`, `int8`, `trits`), then one scale per row.
-//! Rows beyond the matrix in its last tile have zero codes and zero scales. Every source type converts without loss:
-//! `unpack_row` gives the bits that `dequantize` gives.
+//! A group holds the codes of all rows interleaved as its `Codes` says (`planes`, `fields`, `trits`), then their scales
+//! (`scales`). Rows beyond the matrix in its last tile have zero codes and zero scales. Every source type converts without
+//! loss, to each of its candidate forms: `unpack_row` gives the bits that `dequantize` gives.
 
-mod bits;
 mod buffer;
-mod int8;
+pub(crate) mod fields;
+mod planes;
+pub(crate) mod scales;
 mod source;
-mod trits;
+pub(crate) mod trits;
 
 use crate::error::{Error, Result};
-use crate::ops::f16_to_f32;
 use crate::pool::Pool;
 pub(crate) use buffer::Buffer;
+use scales::RowScales;
+use source::Block;
 pub use source::{dequantize, SourceType};
+pub(crate) use source::{e8m0_half, IQ4_NL_VALUES, MXFP4_VALUES};
 use std::fmt;
 
-/// Rows in a tile of low-bit weights.
-pub(crate) const TILE: usize = 32;
+/// Rows in a tile of bit planes.
+pub(crate) const PLANE_TILE: usize = 32;
+/// Rows in a tile of other codes and of floats.
+pub(crate) const FIELD_TILE: usize = 16;
+/// Rows in the largest tile.
+pub(crate) const MAX_TILE: usize = 32;
 /// The largest group of any form.
 pub(crate) const MAX_GROUP: usize = 256;
-/// Rows in a tile of float weights.
-pub(crate) const FLOAT_TILE: usize = 16;
+/// The most subs of a group.
+pub(crate) const MAX_SUBS: usize = 16;
 
 /// Float weights, kept as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,81 +43,141 @@ pub enum FloatKind {
 /// How the codes of a group are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Codes {
-    /// No codes and no groups: k-major, `FLOAT_TILE` rows side by side.
+    /// No codes and no groups: k-major, `FIELD_TILE` rows side by side.
     Float(FloatKind),
-    /// Unsigned codes of n bits as bit planes, for table lookup (`bits`).
-    Bits(u8),
-    /// Signed bytes, four k of a row side by side (`int8`).
-    Int8,
-    /// Base-3 digits, five a byte (`trits`).
-    Trits5,
+    /// Unsigned codes of n = 1 … 4 bits as bit planes, for table lookup (`planes`).
+    Planes(u8),
+    /// Unsigned codes of n = 1 … 6 bits, or signed bytes (8), for dot products (`fields`).
+    Fields(u8),
+    /// Base-3 digits, five a byte, as a fraction (`trits`).
+    Trits,
+    /// Base-3 digits, five a byte, as an index (`trits`).
+    IndexedTrits,
 }
 
-/// What turns a group's codes into weights.
+/// What a code is worth before scaling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Values {
+    /// The code plus this.
+    Offset(i8),
+    /// An entry of IQ4_NL's table.
+    Iq4Nl,
+    /// An entry of MXFP4's table, doubled.
+    Mxfp4,
+}
+
+/// What turns the values of a group into weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ScaleKind {
     /// Float weights have none.
     None,
-    /// weight = f16 scale · (code + offset).
+    /// d·value, d an f16 of the group.
     F16,
+    /// d·value + m, both f16 of the group.
+    F16Min,
+    /// 2^(e − 128)·value, e a byte of the group.
+    E8M0,
+    /// d·value, one f32 for the whole matrix.
+    Tensor,
+    /// (d·s)·value − (dmin·m): f16 d and dmin of the group, s and m of 4 bits for every 16 weights.
+    Sub4Min,
+    /// The same with s and m of 6 bits for every 32 weights.
+    Sub6Min,
+    /// (d·(s − 32))·value, s of 6 bits for every 16 weights.
+    Sub6,
+    /// (d·s)·value, s a signed byte for every 16 weights.
+    Sub8,
 }
 
 /// The layout of a packed matrix: all that a kernel is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PackedForm {
     pub codes: Codes,
-    /// Weights that share a scale, along k; 1 for floats.
+    pub values: Values,
+    /// Weights that share a scale, along k, and activations that do; 1 for floats. Otherwise a multiple of 32, or 256 for trits
+    /// and with sub-scales.
     pub group: u16,
-    /// Added to a code before scaling.
-    pub offset: i8,
     pub scale: ScaleKind,
-    /// Activations that share a scale; 0 if they stay f32. A multiple of `group`.
-    pub act_group: u16,
 }
 
 impl PackedForm {
+    /// The form that a type packs into unless a measurement says otherwise.
     pub fn of(ty: SourceType) -> PackedForm {
+        Self::candidates(ty)[0]
+    }
+
+    /// Every form that holds the type without loss.
+    pub fn candidates(ty: SourceType) -> Vec<PackedForm> {
+        use ScaleKind::*;
+        use SourceType as T;
         let float =
-            |kind| PackedForm { codes: Codes::Float(kind), group: 1, offset: 0, scale: ScaleKind::None, act_group: 0 };
-        let grouped =
-            |codes, group, offset| PackedForm { codes, group, offset, scale: ScaleKind::F16, act_group: group };
+            |kind| vec![PackedForm { codes: Codes::Float(kind), values: Values::Offset(0), group: 1, scale: None }];
+        let fields = |n, values, group, scale| PackedForm { codes: Codes::Fields(n), values, group, scale };
+        let one = |n, values, group, scale| vec![fields(n, values, group, scale)];
+        let both = |n, values, group, scale| {
+            let fields = fields(n, values, group, scale);
+            vec![fields, PackedForm { codes: Codes::Planes(n), ..fields }]
+        };
+        let offset = Values::Offset;
         match ty {
-            SourceType::F32 => float(FloatKind::F32),
-            SourceType::F16 => float(FloatKind::F16),
-            SourceType::BF16 => float(FloatKind::Bf16),
-            SourceType::Q4_0 => grouped(Codes::Bits(4), 32, -8),
-            SourceType::Q8_0 => grouped(Codes::Int8, 32, 0),
-            SourceType::TQ1_0 => grouped(Codes::Trits5, 256, -1),
-            SourceType::TQ2_0 => grouped(Codes::Bits(2), 256, -1),
+            T::F32 => float(FloatKind::F32),
+            T::F16 => float(FloatKind::F16),
+            T::BF16 => float(FloatKind::Bf16),
+            T::Q4_0 => both(4, offset(-8), 32, F16),
+            T::Q4_1 => both(4, offset(0), 32, F16Min),
+            T::Q5_0 => one(5, offset(-16), 32, F16),
+            T::Q5_1 => one(5, offset(0), 32, F16Min),
+            T::Q8_0 => one(8, offset(0), 32, F16),
+            T::Q2_K => one(2, offset(0), 256, Sub4Min),
+            T::Q3_K => one(3, offset(-4), 256, Sub6),
+            T::Q4_K => one(4, offset(0), 256, Sub6Min),
+            T::Q5_K => one(5, offset(0), 256, Sub6Min),
+            T::Q6_K => one(6, offset(-32), 256, Sub8),
+            T::IQ4_NL => one(4, Values::Iq4Nl, 32, F16),
+            T::MXFP4 => one(4, Values::Mxfp4, 32, E8M0),
+            T::TQ1_0 => {
+                let trits = PackedForm { codes: Codes::Trits, values: offset(-1), group: 256, scale: F16 };
+                vec![trits, PackedForm { codes: Codes::IndexedTrits, ..trits }]
+            }
+            T::TQ2_0 => both(2, offset(-1), 256, F16),
+            T::I2_S => one(2, offset(-1), 128, Tensor),
+            T::L1 => both(1, offset(0), 128, F16Min),
+            T::L2 => both(2, offset(0), 128, F16Min),
+            T::L3 => both(3, offset(0), 128, F16Min),
         }
     }
 
     /// Rows interleaved in a tile.
     pub fn tile_rows(self) -> usize {
         match self.codes {
-            Codes::Float(_) => FLOAT_TILE,
-            _ => TILE,
+            Codes::Planes(_) => PLANE_TILE,
+            _ => FIELD_TILE,
+        }
+    }
+
+    /// Activations that share a scale; 0 if they stay f32.
+    pub(crate) fn act_group(self) -> usize {
+        match self.codes {
+            Codes::Float(_) => 0,
+            _ => self.group as usize,
         }
     }
 
     /// Bytes of one group's codes, for all rows of a tile.
     pub(crate) fn group_code_bytes(self) -> usize {
+        let group = self.group as usize;
         match self.codes {
-            Codes::Float(FloatKind::F32) => 4 * FLOAT_TILE,
-            Codes::Float(FloatKind::F16 | FloatKind::Bf16) => 2 * FLOAT_TILE,
-            Codes::Bits(n) => self.group as usize / 8 * n as usize * TILE,
-            Codes::Int8 => self.group as usize * TILE,
-            Codes::Trits5 => trits::words(self.group as usize) * 4 * TILE,
+            Codes::Float(FloatKind::F32) => 4 * FIELD_TILE,
+            Codes::Float(FloatKind::F16 | FloatKind::Bf16) => 2 * FIELD_TILE,
+            Codes::Planes(n) => group / 8 * n as usize * PLANE_TILE,
+            Codes::Fields(n) => group / 8 * n as usize * FIELD_TILE,
+            Codes::Trits | Codes::IndexedTrits => trits::words(group) * 4 * FIELD_TILE,
         }
     }
 
     /// Bytes of one group for all rows of a tile.
     pub(crate) fn group_tile_bytes(self) -> usize {
-        self.group_code_bytes()
-            + match self.scale {
-                ScaleKind::None => 0,
-                ScaleKind::F16 => 2 * TILE,
-            }
+        self.group_code_bytes() + self.scale.bytes(self.tile_rows())
     }
 
     /// Bytes of a tile of `cols` columns, a multiple of the group.
@@ -118,34 +185,39 @@ impl PackedForm {
         (cols / self.group as usize).checked_mul(self.group_tile_bytes())
     }
 
-    /// The scale of a row of a tile's group.
-    pub(crate) fn scale_of(self, group: &[u8], row: usize) -> f32 {
-        let at = self.group_code_bytes() + 2 * row;
-        f16_to_f32(u16::from_le_bytes([group[at], group[at + 1]]))
-    }
-
-    /// Writes one row's codes (as `source` gives them: unsigned for `Bits` and `Trits5`, two's complement for `Int8`) and
-    /// scale into a zeroed group of a tile.
-    fn put(self, group: &mut [u8], row: usize, codes: &[u8], scale: u16) {
+    /// Writes one row's block into a zeroed group of a tile.
+    fn put(self, group: &mut [u8], row: usize, block: &Block) {
+        let (codes, scales) = group.split_at_mut(self.group_code_bytes());
+        let from = &block.codes[..self.group as usize];
         match self.codes {
-            Codes::Bits(n) => bits::put(group, n, row, codes),
-            Codes::Int8 => int8::put(group, row, codes),
-            Codes::Trits5 => trits::put(group, row, codes),
+            Codes::Planes(n) => planes::put(codes, n, row, from),
+            Codes::Fields(n) => fields::put(codes, n, row, from),
+            Codes::Trits => trits::put(codes, false, row, from),
+            Codes::IndexedTrits => trits::put(codes, true, row, from),
             Codes::Float(_) => unreachable!("float weights have no codes"),
         }
-        let at = self.group_code_bytes() + 2 * row;
-        group[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+        scales::put(self, scales, row, block);
     }
 
-    /// What a row of a tile's group is worth before scaling: code + offset of every weight.
-    pub(crate) fn get(self, group: &[u8], row: usize, values: &mut [i32]) {
+    /// What a row of a tile's group is worth before scaling, and its scales; `tensor` is the matrix's.
+    pub(crate) fn get(self, group: &[u8], row: usize, tensor: f32, values: &mut [i32]) -> RowScales {
+        let (codes, scales) = group.split_at(self.group_code_bytes());
         match self.codes {
-            Codes::Bits(n) => bits::get(group, n, row, values),
-            Codes::Int8 => int8::get(group, row, values),
-            Codes::Trits5 => trits::get(group, row, values),
+            Codes::Planes(n) => planes::get(codes, n, row, values),
+            Codes::Fields(n) => fields::get(codes, n, row, values),
+            Codes::Trits => trits::get(codes, false, row, values),
+            Codes::IndexedTrits => trits::get(codes, true, row, values),
             Codes::Float(_) => unreachable!("float weights have no codes"),
         }
-        values.iter_mut().for_each(|value| *value += self.offset as i32);
+        values.iter_mut().for_each(|value| {
+            *value = match self.values {
+                Values::Offset(_) if self.codes == Codes::Fields(8) => *value as i8 as i32,
+                Values::Offset(offset) => *value + offset as i32,
+                Values::Iq4Nl => IQ4_NL_VALUES[*value as usize] as i32,
+                Values::Mxfp4 => MXFP4_VALUES[*value as usize] as i32,
+            }
+        });
+        scales::get(self, scales, row, tensor)
     }
 }
 
@@ -154,6 +226,8 @@ pub struct PackedMatrix {
     pub rows: usize,
     pub cols: usize,
     pub form: PackedForm,
+    /// What `ScaleKind::Tensor` scales by.
+    pub(crate) scale: f32,
     tile_bytes: usize,
     data: Buffer,
 }
@@ -185,32 +259,57 @@ impl PackedMatrix {
         let tile = self.tile(row / form.tile_rows());
         let row = row % form.tile_rows();
         if let Codes::Float(kind) = form.codes {
-            let size = form.group_code_bytes() / FLOAT_TILE;
+            let size = form.group_code_bytes() / FIELD_TILE;
             for (value, column) in out.iter_mut().zip(tile.chunks_exact(form.group_code_bytes())) {
                 *value = source::float(kind, &column[row * size..][..size]);
             }
             return;
         }
+        let (size, sub) = (form.group as usize, form.scale.sub(form.group as usize));
         let mut codes = [0i32; MAX_GROUP];
-        let codes = &mut codes[..form.group as usize];
-        let groups = tile.chunks_exact(form.group_tile_bytes());
-        for (values, group) in out.chunks_exact_mut(form.group as usize).zip(groups) {
-            let scale = form.scale_of(group, row);
-            form.get(group, row, codes);
-            for (value, &code) in values.iter_mut().zip(&*codes) {
-                *value = scale * code as f32;
+        let codes = &mut codes[..size];
+        for (weights, group) in out.chunks_exact_mut(size).zip(tile.chunks_exact(form.group_tile_bytes())) {
+            let scales = form.get(group, row, self.scale, codes);
+            for (j, (weights, values)) in weights.chunks_exact_mut(sub).zip(codes.chunks_exact(sub)).enumerate() {
+                // As the formats' own formulas round: the sub-scale times d first, then the code, then the minimum.
+                let (d, m) = match form.scale {
+                    ScaleKind::Sub4Min | ScaleKind::Sub6Min => {
+                        (scales.d * scales.sub_scales[j] as f32, -(scales.min * scales.sub_mins[j] as f32))
+                    }
+                    ScaleKind::Sub6 | ScaleKind::Sub8 => (scales.d * scales.sub_scales[j] as f32, 0.0),
+                    _ => (scales.d, scales.min),
+                };
+                let has_min = matches!(form.scale, ScaleKind::Sub4Min | ScaleKind::Sub6Min | ScaleKind::F16Min);
+                for (weight, &value) in weights.iter_mut().zip(values) {
+                    *weight = if has_min { d * value as f32 + m } else { d * value as f32 };
+                }
             }
         }
     }
 }
 
-/// Packs a matrix given as source rows, each of `ty.row_bytes(cols)` bytes.
+/// Packs a matrix given as the file has it (`ty.tensor_bytes(rows, cols)` bytes) into the type's usual form.
 pub fn pack(ty: SourceType, src: &[u8], rows: usize, cols: usize, pool: &Pool) -> Result<PackedMatrix> {
+    pack_as(PackedForm::of(ty), ty, src, rows, cols, pool)
+}
+
+/// Packs a matrix into one of `PackedForm::candidates(ty)`.
+pub fn pack_as(
+    form: PackedForm,
+    ty: SourceType,
+    src: &[u8],
+    rows: usize,
+    cols: usize,
+    pool: &Pool,
+) -> Result<PackedMatrix> {
+    if !PackedForm::candidates(ty).contains(&form) {
+        return Err(Error::argument(format!("{ty:?} weights do not pack into {form:?}")));
+    }
     let row_bytes = ty.row_bytes(cols)?;
-    if rows == 0 || rows.checked_mul(row_bytes) != Some(src.len()) {
+    if rows == 0 || ty.tensor_bytes(rows, cols)? != src.len() {
         return Err(Error::argument(format!("{rows} × {cols} {ty:?} weights do not take {} bytes", src.len())));
     }
-    let form = PackedForm::of(ty);
+    let scale = if form.scale == ScaleKind::Tensor { source::tensor_scale(src) } else { 1.0 };
     let tiles = rows.div_ceil(form.tile_rows());
     let too_large = || Error::exhausted(format!("{rows} × {cols} weights are too large to pack"));
     let tile_bytes = form.tile_bytes(cols).ok_or_else(too_large)?;
@@ -221,7 +320,7 @@ pub fn pack(ty: SourceType, src: &[u8], rows: usize, cols: usize, pool: &Pool) -
             pack_row(ty, form, &src[row * row_bytes..][..row_bytes], tile, row - first);
         }
     });
-    Ok(PackedMatrix { rows, cols, form, tile_bytes, data })
+    Ok(PackedMatrix { rows, cols, form, scale, tile_bytes, data })
 }
 
 fn pack_row(ty: SourceType, form: PackedForm, src: &[u8], tile: &mut [u8], row: usize) {
@@ -232,29 +331,34 @@ fn pack_row(ty: SourceType, form: PackedForm, src: &[u8], tile: &mut [u8], row: 
         }
         return;
     }
-    let mut codes = [0u8; MAX_GROUP];
-    let codes = &mut codes[..form.group as usize];
     for (block, group) in src.chunks_exact(ty.block_bytes()).zip(tile.chunks_exact_mut(form.group_tile_bytes())) {
-        let scale = source::codes(ty, block, codes);
-        form.put(group, row, codes, scale);
+        form.put(group, row, &Block::read(ty, block));
     }
 }
 
 #[cfg(test)]
 impl PackedMatrix {
-    /// A matrix of any form: codes row-major, one scale (f16 bits) for all.
-    pub fn from_codes(form: PackedForm, rows: usize, cols: usize, codes: &[u8], scale: u16) -> Self {
+    /// A matrix of any form without subs: codes row-major, one d and one m (f16 bits) for all.
+    pub fn from_codes(form: PackedForm, rows: usize, cols: usize, codes: &[u8], d: u16, m: u16) -> Self {
         let tile_bytes = form.tile_bytes(cols).unwrap();
-        let mut data = Buffer::zeroed(rows.div_ceil(TILE) * tile_bytes).unwrap();
+        let mut data = Buffer::zeroed(rows.div_ceil(form.tile_rows()) * tile_bytes).unwrap();
         data.par_chunks(&Pool::new(1), tile_bytes, |index, tile| {
-            let first = index * TILE;
-            for row in first..rows.min(first + TILE) {
+            let first = index * form.tile_rows();
+            for row in first..rows.min(first + form.tile_rows()) {
                 let groups = tile.chunks_exact_mut(form.group_tile_bytes());
                 for (group, codes) in groups.zip(codes[row * cols..][..cols].chunks_exact(form.group as usize)) {
-                    form.put(group, row - first, codes, scale);
+                    let mut block = Block {
+                        codes: [0; MAX_GROUP],
+                        scale: d,
+                        min: m,
+                        sub_scales: [0; MAX_SUBS],
+                        sub_mins: [0; MAX_SUBS],
+                    };
+                    block.codes[..codes.len()].copy_from_slice(codes);
+                    form.put(group, row - first, &block);
                 }
             }
         });
-        PackedMatrix { rows, cols, form, tile_bytes, data }
+        PackedMatrix { rows, cols, form, scale: 1.0, tile_bytes, data }
     }
 }

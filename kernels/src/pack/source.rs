@@ -1,10 +1,10 @@
-//! Block types of model files (ggml's), as they are stored.
+//! Block types of model files, as they are stored: ggml's, bitnet.cpp's I2_S and Lutra's own.
 
-use super::FloatKind;
+use super::{FloatKind, MAX_GROUP, MAX_SUBS};
 use crate::error::{Error, Result};
 use crate::ops::{bf16_to_f32, f16_to_f32};
 
-/// A tensor type of the file, by its ggml id. Scales (`d`) are f16.
+/// A tensor type of the file, by its id there. `d` and `m` are f16.
 #[allow(non_camel_case_types)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -13,26 +13,80 @@ pub enum SourceType {
     F16 = 1,
     /// 32 weights d·(q − 8): d, then 16 bytes; weight i in the low nibble of byte i, weight 16 + i in the high one.
     Q4_0 = 2,
+    /// 32 weights d·q + m: d, m, nibbles as in Q4_0.
+    Q4_1 = 3,
+    /// 32 weights d·(q − 16): d, 32 bits of fifth bits, nibbles as in Q4_0.
+    Q5_0 = 6,
+    /// 32 weights d·q + m: d, m, fifth bits, nibbles.
+    Q5_1 = 7,
     /// 32 weights d·q: d, then 32 signed bytes.
     Q8_0 = 8,
+    /// 256 weights in 16 subs (d·s)·q − (dmin·m), q of 2 bits: 16 bytes of s and m (4 bits each), 64 bytes of q, d, dmin.
+    Q2_K = 10,
+    /// 256 weights in 16 subs (d·(s − 32))·(q − 4), q of 3 bits: 32 bytes of third bits, 64 of the others, 12 of s, d.
+    Q3_K = 11,
+    /// 256 weights in 8 subs (d·s)·q − (dmin·m), q of 4 bits: d, dmin, 12 bytes of s and m (6 bits each), 128 of q.
+    Q4_K = 12,
+    /// As Q4_K with q of 5 bits: d, dmin, s and m, 32 bytes of fifth bits, 128 of the others.
+    Q5_K = 13,
+    /// 256 weights in 16 subs (d·s)·(q − 32), q of 6 bits: 128 bytes of low nibbles, 64 of high bits, 16 signed s, d.
+    Q6_K = 14,
+    /// 32 weights d·table(q): as Q4_0 with a table of 16 values.
+    IQ4_NL = 20,
     BF16 = 30,
     /// 256 weights d·(t − 1): 48 bytes of five trits, 4 bytes of four trits, d.
     TQ1_0 = 34,
     /// 256 weights d·(q − 1): 64 bytes of four 2-bit codes, d.
     TQ2_0 = 35,
+    /// bitnet.cpp's: 128 weights d·(q − 1) in 32 bytes of four 2-bit codes, first in the highest bits; behind the tensor's
+    /// blocks 32 bytes that begin with its f32 scale d.
+    I2_S = 36,
+    /// 32 weights d·table(q), an FP4 (E2M1) table; a byte e with d = 2^(e − 128), nibbles as in Q4_0.
+    MXFP4 = 39,
+    /// Lutra's: 128 weights d·q + m, q of 1 bit: d, m, then a little-endian stream of bits.
+    L1 = 1001,
+    /// The same with q of 2 bits.
+    L2 = 1002,
+    /// The same with q of 3 bits.
+    L3 = 1003,
+}
+
+/// What the 4-bit codes of IQ4_NL are worth (ggml's `kvalues_iq4nl`).
+pub(crate) const IQ4_NL_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// Twice the E2M1 values of MXFP4.
+pub(crate) const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// Half of 2^(e − 127): the factor of doubled E2M1 values.
+pub(crate) fn e8m0_half(e: u8) -> f32 {
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e as u32 - 1) << 23 })
 }
 
 impl SourceType {
-    pub const ALL: [SourceType; 7] = [
+    pub const ALL: [SourceType; 21] = [
         SourceType::F32,
         SourceType::F16,
         SourceType::Q4_0,
+        SourceType::Q4_1,
+        SourceType::Q5_0,
+        SourceType::Q5_1,
         SourceType::Q8_0,
+        SourceType::Q2_K,
+        SourceType::Q3_K,
+        SourceType::Q4_K,
+        SourceType::Q5_K,
+        SourceType::Q6_K,
+        SourceType::IQ4_NL,
         SourceType::BF16,
         SourceType::TQ1_0,
         SourceType::TQ2_0,
+        SourceType::I2_S,
+        SourceType::MXFP4,
+        SourceType::L1,
+        SourceType::L2,
+        SourceType::L3,
     ];
 
+    /// The type with this id in a GGUF file.
     pub fn from_ggml(id: u32) -> Result<Self> {
         let known = Self::ALL.into_iter().find(|ty| *ty as u32 == id);
         known.ok_or_else(|| Error::unsupported(format!("tensor type {id} is not supported")))
@@ -40,22 +94,37 @@ impl SourceType {
 
     /// Weights in a block.
     pub fn block_elements(self) -> usize {
+        use SourceType::*;
         match self {
-            SourceType::F32 | SourceType::F16 | SourceType::BF16 => 1,
-            SourceType::Q4_0 | SourceType::Q8_0 => 32,
-            SourceType::TQ1_0 | SourceType::TQ2_0 => 256,
+            F32 | F16 | BF16 => 1,
+            Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
+            I2_S | L1 | L2 | L3 => 128,
+            Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | TQ1_0 | TQ2_0 => 256,
         }
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
+        use SourceType::*;
         match self {
-            SourceType::F32 => 4,
-            SourceType::F16 | SourceType::BF16 => 2,
-            SourceType::Q4_0 => 18,
-            SourceType::Q8_0 => 34,
-            SourceType::TQ1_0 => 54,
-            SourceType::TQ2_0 => 66,
+            F32 => 4,
+            F16 | BF16 => 2,
+            Q4_0 | IQ4_NL => 18,
+            MXFP4 => 17,
+            Q4_1 | L1 => 20,
+            Q5_0 => 22,
+            Q5_1 => 24,
+            Q8_0 => 34,
+            I2_S => 32,
+            L2 => 36,
+            L3 => 52,
+            TQ1_0 => 54,
+            TQ2_0 => 66,
+            Q2_K => 84,
+            Q3_K => 110,
+            Q4_K => 144,
+            Q5_K => 176,
+            Q6_K => 210,
         }
     }
 
@@ -67,6 +136,21 @@ impl SourceType {
         }
         let bytes = (cols / block).checked_mul(self.block_bytes());
         bytes.ok_or_else(|| Error::argument(format!("a row of {cols} weights is too long")))
+    }
+
+    /// Bytes behind the rows of a tensor.
+    pub fn trailer_bytes(self) -> usize {
+        if self == SourceType::I2_S {
+            32
+        } else {
+            0
+        }
+    }
+
+    /// Bytes of a tensor.
+    pub fn tensor_bytes(self, rows: usize, cols: usize) -> Result<usize> {
+        let bytes = self.row_bytes(cols)?.checked_mul(rows).and_then(|bytes| bytes.checked_add(self.trailer_bytes()));
+        bytes.ok_or_else(|| Error::argument(format!("{rows} rows of {cols} weights are too many")))
     }
 }
 
@@ -86,70 +170,295 @@ fn tq1_trit(byte: u8, n: usize) -> u8 {
     ((byte.wrapping_mul(POWERS_OF_3[n]) as u16 * 3) >> 8) as u8
 }
 
-/// Splits a block of a quantised type: its codes in the order of k (unsigned, or two's complement for Q8_0), and the bits
-/// of its f16 scale.
-pub(super) fn codes(ty: SourceType, block: &[u8], codes: &mut [u8]) -> u16 {
-    let scale = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
-    match ty {
-        SourceType::Q4_0 => {
-            for (i, byte) in block[2..18].iter().enumerate() {
-                codes[i] = byte & 15;
-                codes[16 + i] = byte >> 4;
-            }
-            scale(0)
-        }
-        SourceType::Q8_0 => {
-            codes.copy_from_slice(&block[2..34]);
-            scale(0)
-        }
-        SourceType::TQ1_0 => {
-            for (k, code) in codes.iter_mut().enumerate() {
-                // 32 bytes of five trits, 16 bytes of five, 4 bytes of four; trits of a part are the slow index.
-                let (byte, n) = match k {
-                    0..160 => (k % 32, k / 32),
-                    160..240 => (32 + (k - 160) % 16, (k - 160) / 16),
-                    _ => (48 + (k - 240) % 4, (k - 240) / 4),
-                };
-                *code = tq1_trit(block[byte], n);
-            }
-            scale(52)
-        }
-        SourceType::TQ2_0 => {
-            for (k, code) in codes.iter_mut().enumerate() {
-                *code = block[k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
-            }
-            scale(64)
-        }
-        SourceType::F32 | SourceType::F16 | SourceType::BF16 => unreachable!("float weights have no codes"),
+/// A block of a quantised type taken apart.
+pub(super) struct Block {
+    /// Codes in the order of k: unsigned, or two's complement for Q8_0.
+    pub codes: [u8; MAX_GROUP],
+    /// Bits of the scale d (f16; the exponent for MXFP4).
+    pub scale: u16,
+    /// Bits of m, or of dmin.
+    pub min: u16,
+    /// s and m of the subs: s unsigned, with 128 added for Q6_K.
+    pub sub_scales: [u8; MAX_SUBS],
+    pub sub_mins: [u8; MAX_SUBS],
+}
+
+/// 6-bit scale and min of sub j of Q4_K and Q5_K.
+fn scale_min_6(bytes: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        (bytes[j] & 63, bytes[j + 4] & 63)
+    } else {
+        (bytes[j + 4] & 15 | bytes[j - 4] >> 6 << 4, bytes[j + 4] >> 4 | bytes[j] >> 6 << 4)
     }
 }
 
-/// The weights of whole source blocks, by ggml's own formulas and loops: the reference that packing is tested against.
+/// 6-bit scale of sub j of Q3_K: low nibbles in bytes 0–7, the upper two bits in bytes 8–11.
+fn scale_6(bytes: &[u8], j: usize) -> u8 {
+    let low = if j < 8 { bytes[j] & 15 } else { bytes[j - 8] >> 4 };
+    low | (bytes[8 + j % 4] >> (2 * (j / 4)) & 3) << 4
+}
+
+impl Block {
+    /// Takes one block apart.
+    pub fn read(ty: SourceType, block: &[u8]) -> Block {
+        use SourceType::*;
+        let mut b =
+            Block { codes: [0; MAX_GROUP], scale: 0, min: 0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
+        let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+        // 32 nibbles, the first 16 low; `fifth` has their upper bits.
+        let mut nibbles = |bytes: &[u8], fifth: u32| {
+            for i in 0..16 {
+                b.codes[i] = bytes[i] & 15 | ((fifth >> i & 1) as u8) << 4;
+                b.codes[16 + i] = bytes[i] >> 4 | ((fifth >> (16 + i) & 1) as u8) << 4;
+            }
+        };
+        let word = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+        match ty {
+            Q4_0 | IQ4_NL => {
+                nibbles(&block[2..], 0);
+                b.scale = half(0);
+            }
+            MXFP4 => {
+                nibbles(&block[1..], 0);
+                b.scale = block[0] as u16;
+            }
+            Q4_1 => {
+                nibbles(&block[4..], 0);
+                (b.scale, b.min) = (half(0), half(2));
+            }
+            Q5_0 => {
+                nibbles(&block[6..], word(2));
+                b.scale = half(0);
+            }
+            Q5_1 => {
+                nibbles(&block[8..], word(4));
+                (b.scale, b.min) = (half(0), half(2));
+            }
+            Q8_0 => {
+                b.codes[..32].copy_from_slice(&block[2..34]);
+                b.scale = half(0);
+            }
+            Q2_K => {
+                for k in 0..256 {
+                    b.codes[k] = block[16 + k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
+                }
+                for j in 0..16 {
+                    (b.sub_scales[j], b.sub_mins[j]) = (block[j] & 15, block[j] >> 4);
+                }
+                (b.scale, b.min) = (half(80), half(82));
+            }
+            Q3_K => {
+                for k in 0..256 {
+                    let low = block[32 + k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
+                    b.codes[k] = low | (block[k % 32] >> (k / 32) & 1) << 2;
+                }
+                for j in 0..16 {
+                    b.sub_scales[j] = scale_6(&block[96..108], j);
+                }
+                b.scale = half(108);
+            }
+            Q4_K | Q5_K => {
+                let (high, low) = if ty == Q4_K { (None, 16) } else { (Some(16), 48) };
+                for k in 0..256 {
+                    b.codes[k] = block[low + k / 64 * 32 + k % 32] >> (4 * (k / 32 % 2)) & 15;
+                    if let Some(high) = high {
+                        b.codes[k] |= (block[high + k % 32] >> (k / 32) & 1) << 4;
+                    }
+                }
+                for j in 0..8 {
+                    (b.sub_scales[j], b.sub_mins[j]) = scale_min_6(&block[4..16], j);
+                }
+                (b.scale, b.min) = (half(0), half(2));
+            }
+            Q6_K => {
+                for k in 0..256 {
+                    let (part, l) = (k / 128, k % 128);
+                    let low = block[part * 64 + l % 64] >> (4 * (l / 64)) & 15;
+                    b.codes[k] = low | (block[128 + part * 32 + l % 32] >> (2 * (l / 32)) & 3) << 4;
+                }
+                for j in 0..16 {
+                    b.sub_scales[j] = block[192 + j].wrapping_add(128);
+                }
+                b.scale = half(208);
+            }
+            TQ1_0 => {
+                for (k, code) in b.codes.iter_mut().enumerate() {
+                    // 32 bytes of five trits, 16 bytes of five, 4 bytes of four; trits of a part are the slow index.
+                    let (byte, n) = match k {
+                        0..160 => (k % 32, k / 32),
+                        160..240 => (32 + (k - 160) % 16, (k - 160) / 16),
+                        _ => (48 + (k - 240) % 4, (k - 240) / 4),
+                    };
+                    *code = tq1_trit(block[byte], n);
+                }
+                b.scale = half(52);
+            }
+            TQ2_0 => {
+                for k in 0..256 {
+                    b.codes[k] = block[k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
+                }
+                b.scale = half(64);
+            }
+            I2_S => {
+                for k in 0..128 {
+                    b.codes[k] = block[k % 32] >> (6 - 2 * (k / 32)) & 3;
+                }
+            }
+            L1 | L2 | L3 => {
+                let n = ty as usize - 1000;
+                for (k, code) in b.codes[..128].iter_mut().enumerate() {
+                    *code = (0..n).fold(0, |code, i| code | (block[4 + (n * k + i) / 8] >> ((n * k + i) % 8) & 1) << i);
+                }
+                (b.scale, b.min) = (half(0), half(2));
+            }
+            F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
+        }
+        b
+    }
+}
+
+/// The f32 scale of an I2_S tensor of these bytes.
+pub(super) fn tensor_scale(src: &[u8]) -> f32 {
+    let at = src.len() - SourceType::I2_S.trailer_bytes();
+    f32::from_le_bytes([src[at], src[at + 1], src[at + 2], src[at + 3]])
+}
+
+/// The weights of a tensor (or of whole blocks of a type without trailer), by the formulas and loops of ggml's own code: the
+/// reference that packing is tested against.
 pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
+    use SourceType::*;
     let blocks = out.len() / ty.block_elements();
-    if out.len() % ty.block_elements() != 0 || blocks.checked_mul(ty.block_bytes()) != Some(src.len()) {
+    let expected = blocks.checked_mul(ty.block_bytes()).and_then(|bytes| bytes.checked_add(ty.trailer_bytes()));
+    if out.len() % ty.block_elements() != 0 || expected != Some(src.len()) {
         return Err(Error::argument(format!("{} bytes are not {} {ty:?} weights", src.len(), out.len())));
     }
     let half = |bytes: &[u8]| f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]]));
+    let tensor = if ty == I2_S { tensor_scale(src) } else { 0.0 };
     for (b, y) in src.chunks_exact(ty.block_bytes()).zip(out.chunks_exact_mut(ty.block_elements())) {
         match ty {
-            SourceType::F32 => y[0] = float(FloatKind::F32, b),
-            SourceType::F16 => y[0] = float(FloatKind::F16, b),
-            SourceType::BF16 => y[0] = float(FloatKind::Bf16, b),
-            SourceType::Q4_0 => {
+            F32 => y[0] = float(FloatKind::F32, b),
+            F16 => y[0] = float(FloatKind::F16, b),
+            BF16 => y[0] = float(FloatKind::Bf16, b),
+            Q4_0 => {
                 let d = half(b);
                 for j in 0..16 {
                     y[j] = d * ((b[2 + j] & 15) as i32 - 8) as f32;
                     y[j + 16] = d * ((b[2 + j] >> 4) as i32 - 8) as f32;
                 }
             }
-            SourceType::Q8_0 => {
+            Q4_1 => {
+                let (d, m) = (half(b), half(&b[2..]));
+                for j in 0..16 {
+                    y[j] = d * (b[4 + j] & 15) as f32 + m;
+                    y[j + 16] = d * (b[4 + j] >> 4) as f32 + m;
+                }
+            }
+            Q5_0 => {
+                let d = half(b);
+                for j in 0..16 {
+                    let low = (b[6 + j] & 15) | (b[2 + j / 8] >> (j % 8) & 1) << 4;
+                    let high = (b[6 + j] >> 4) | (b[4 + j / 8] >> (j % 8) & 1) << 4;
+                    y[j] = d * (low as i32 - 16) as f32;
+                    y[j + 16] = d * (high as i32 - 16) as f32;
+                }
+            }
+            Q5_1 => {
+                let (d, m) = (half(b), half(&b[2..]));
+                for j in 0..16 {
+                    let low = (b[8 + j] & 15) | (b[4 + j / 8] >> (j % 8) & 1) << 4;
+                    let high = (b[8 + j] >> 4) | (b[6 + j / 8] >> (j % 8) & 1) << 4;
+                    y[j] = d * low as f32 + m;
+                    y[j + 16] = d * high as f32 + m;
+                }
+            }
+            Q8_0 => {
                 let d = half(b);
                 for j in 0..32 {
                     y[j] = d * b[2 + j] as i8 as f32;
                 }
             }
-            SourceType::TQ1_0 => {
+            Q2_K => {
+                let (d, min) = (half(&b[80..]), half(&b[82..]));
+                let (mut at, mut sub) = (0, 0);
+                for q in b[16..80].chunks_exact(32) {
+                    for shift in [0, 2, 4, 6] {
+                        for q in q.chunks_exact(16) {
+                            let (dl, ml) = (d * (b[sub] & 15) as f32, min * (b[sub] >> 4) as f32);
+                            for q in q {
+                                y[at] = dl * (q >> shift & 3) as f32 - ml;
+                                at += 1;
+                            }
+                            sub += 1;
+                        }
+                    }
+                }
+            }
+            Q3_K => {
+                let d = half(&b[108..]);
+                let (mut at, mut sub, mut bit) = (0, 0, 1);
+                for q in b[32..96].chunks_exact(32) {
+                    for shift in [0, 2, 4, 6] {
+                        for (q, high) in q.chunks_exact(16).zip(b[..32].chunks_exact(16)) {
+                            let dl = d * (scale_6(&b[96..108], sub) as i32 - 32) as f32;
+                            for (q, high) in q.iter().zip(high) {
+                                y[at] = dl * ((q >> shift & 3) as i32 - if high & bit != 0 { 0 } else { 4 }) as f32;
+                                at += 1;
+                            }
+                            sub += 1;
+                        }
+                        bit = u8::wrapping_shl(bit, 1);
+                    }
+                }
+            }
+            Q4_K | Q5_K => {
+                let (d, min) = (half(b), half(&b[2..]));
+                let (high, low) = if ty == Q4_K { (None, &b[16..144]) } else { (Some(&b[16..48]), &b[48..176]) };
+                let mut at = 0;
+                for (pair, q) in low.chunks_exact(32).enumerate() {
+                    for upper in [0, 1] {
+                        let (s, m) = scale_min_6(&b[4..16], 2 * pair + upper);
+                        let (dl, ml) = (d * s as f32, min * m as f32);
+                        for (l, q) in q.iter().enumerate() {
+                            let fifth = high.map_or(0, |high| high[l] >> (2 * pair + upper) & 1);
+                            y[at] = dl * ((q >> (4 * upper) & 15) | fifth << 4) as f32 - ml;
+                            at += 1;
+                        }
+                    }
+                }
+            }
+            Q6_K => {
+                let d = half(&b[208..]);
+                for part in 0..2 {
+                    let (ql, qh, s) = (&b[64 * part..][..64], &b[128 + 32 * part..][..32], &b[192 + 8 * part..][..8]);
+                    for l in 0..32 {
+                        let codes = [
+                            (ql[l] & 15) | (qh[l] & 3) << 4,
+                            (ql[l + 32] & 15) | (qh[l] >> 2 & 3) << 4,
+                            (ql[l] >> 4) | (qh[l] >> 4 & 3) << 4,
+                            (ql[l + 32] >> 4) | (qh[l] >> 6) << 4,
+                        ];
+                        for (i, code) in codes.into_iter().enumerate() {
+                            let scale = d * s[2 * i + l / 16] as i8 as f32;
+                            y[128 * part + 32 * i + l] = scale * (code as i32 - 32) as f32;
+                        }
+                    }
+                }
+            }
+            IQ4_NL => {
+                let d = half(b);
+                for j in 0..16 {
+                    y[j] = d * IQ4_NL_VALUES[(b[2 + j] & 15) as usize] as f32;
+                    y[j + 16] = d * IQ4_NL_VALUES[(b[2 + j] >> 4) as usize] as f32;
+                }
+            }
+            MXFP4 => {
+                let d = e8m0_half(b[0]);
+                for j in 0..16 {
+                    y[j] = d * MXFP4_VALUES[(b[1 + j] & 15) as usize] as f32;
+                    y[j + 16] = d * MXFP4_VALUES[(b[1 + j] >> 4) as usize] as f32;
+                }
+            }
+            TQ1_0 => {
                 let d = half(&b[52..]);
                 let mut at = 0;
                 for (part, trits) in [(&b[..32], 5), (&b[32..48], 5), (&b[48..52], 4)] {
@@ -161,7 +470,7 @@ pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
                     }
                 }
             }
-            SourceType::TQ2_0 => {
+            TQ2_0 => {
                 let d = half(&b[64..]);
                 let mut at = 0;
                 for part in [&b[..32], &b[32..64]] {
@@ -171,6 +480,22 @@ pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
                             at += 1;
                         }
                     }
+                }
+            }
+            I2_S => {
+                for n in 0..4 {
+                    for j in 0..32 {
+                        y[32 * n + j] = tensor * ((b[j] >> (6 - 2 * n) & 3) as i32 - 1) as f32;
+                    }
+                }
+            }
+            L1 | L2 | L3 => {
+                let (d, m, n) = (half(b), half(&b[2..]), ty as usize - 1000);
+                let stream = u128::from_le_bytes; // 128 codes of n bits: n words of 128 bits
+                let word = |i: usize| stream(b[4 + 16 * i..][..16].try_into().expect("16 bytes"));
+                for (k, y) in y.iter_mut().enumerate() {
+                    let bit = |i: usize| (word((n * k + i) / 128) >> ((n * k + i) % 128) & 1) as u32;
+                    *y = d * (0..n).map(|i| bit(i) << i).sum::<u32>() as f32 + m;
                 }
             }
         }

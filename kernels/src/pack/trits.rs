@@ -1,42 +1,87 @@
-//! `Codes::Trits5`: base-3 digits, five a byte, in words of 4 bytes (20 k) per row, rows in order.
+//! `Codes::Trits` and `Codes::IndexedTrits`: base-3 digits, five a byte, in words of 4 bytes (20 k) per row, rows in order.
 //!
 //! Digit n of the four bytes of word w are the codes at k = 20·w + 4·n + 0..4, so that a digit of a word meets four
-//! neighbouring activations. A byte holds the digits as a binary fraction: digits d0…d4 make v = Σ d_n·3^(4−n), stored as
-//! ceil(256·v / 243); multiplying by 3 carries out the first digit and leaves the fraction of the rest (as in ggml's
-//! TQ1_0). Digits beyond the group's last k are 0.
+//! neighbouring activations. Digits beyond the group's last k are 0.
+//!
+//! `Trits` keeps the digits as a binary fraction: digits d0…d4 make v = Σ d_n·3^(4−n), stored as ceil(256·v / 243);
+//! multiplying by 3 carries out the first digit and leaves the fraction of the rest (as in ggml's TQ1_0).
+//!
+//! `IndexedTrits` is for lookup in tables of 128 bytes: with c = d0 + 3·d1 + 9·d2 + 27·d3 (0 … 80), d4 < 2 is stored as
+//! c | d4 << 7. Of the indices 81 … 127, which that leaves, d4 = 2 takes 81 + c (c < 47), and 81 + c − 47 with bit 7 set.
 
-use super::TILE;
+use super::FIELD_TILE;
 
 /// Words of a row in a group.
-pub(super) fn words(group: usize) -> usize {
+pub(crate) fn words(group: usize) -> usize {
     group.div_ceil(20)
 }
 
-/// A byte's first digit, and the byte of the rest.
-fn first_digit(byte: u8) -> (i32, u8) {
-    ((byte as i32 * 3) >> 8, byte.wrapping_mul(3))
+/// Combinations of the first four digits.
+const FIRST_FOUR: u8 = 81;
+/// Of those with d4 = 2, how many have bit 7 clear.
+const CLEAR: u8 = 128 - FIRST_FOUR;
+
+fn encode(indexed: bool, d: [u8; 5]) -> u8 {
+    if !indexed {
+        let value = d.iter().fold(0u32, |value, &digit| value * 3 + digit as u32);
+        return (value * 256).div_ceil(243) as u8;
+    }
+    let c = d[0] + 3 * d[1] + 9 * d[2] + 27 * d[3];
+    match d[4] {
+        2 if c < CLEAR => FIRST_FOUR + c,
+        2 => (FIRST_FOUR + c - CLEAR) | 0x80,
+        bit => c | bit << 7,
+    }
 }
 
-fn encode(digits: [u8; 5]) -> u8 {
-    let value = digits.iter().fold(0u32, |value, &digit| value * 3 + digit as u32);
-    (value * 256).div_ceil(243) as u8
+fn decode(indexed: bool, byte: u8) -> [u8; 5] {
+    if !indexed {
+        let mut rest = byte;
+        return std::array::from_fn(|_| {
+            let digit = (rest as u16 * 3 >> 8) as u8;
+            rest = rest.wrapping_mul(3);
+            digit
+        });
+    }
+    let (index, bit) = (byte & 127, byte >> 7);
+    let (c, last) = if index < FIRST_FOUR { (index, bit) } else { (index - FIRST_FOUR + bit * CLEAR, 2) };
+    [c % 3, c / 3 % 3, c / 9 % 3, c / 27 % 3, last]
 }
 
-pub(super) fn put(group: &mut [u8], row: usize, codes: &[u8]) {
+/// For `IndexedTrits`: of every byte with bit 7 clear (0) or set (1), the first four digits, two bits each from the lowest on.
+/// The fifth is 2 for indices from 81 on, otherwise bit 7. Bytes that `encode` never makes have anything.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static FIRST_DIGITS: [[u8; 128]; 2] = {
+    let mut tables = [[0; 128]; 2];
+    let mut bit = 0;
+    while bit < 2 {
+        let mut index = 0;
+        while index < 128 {
+            let c =
+                if index < FIRST_FOUR as usize { index } else { index - FIRST_FOUR as usize + bit * CLEAR as usize };
+            tables[bit][index] = (c % 3 | c / 3 % 3 << 2 | c / 9 % 3 << 4 | c / 27 % 3 << 6) as u8;
+            index += 1;
+        }
+        bit += 1;
+    }
+    tables
+};
+
+pub(super) fn put(group: &mut [u8], indexed: bool, row: usize, codes: &[u8]) {
     for (word, codes) in codes.chunks(20).enumerate() {
-        for (j, byte) in group[(word * TILE + row) * 4..][..4].iter_mut().enumerate() {
-            *byte = encode(std::array::from_fn(|n| codes.get(4 * n + j).copied().unwrap_or(0)));
+        for (j, byte) in group[(word * FIELD_TILE + row) * 4..][..4].iter_mut().enumerate() {
+            *byte = encode(indexed, std::array::from_fn(|n| codes.get(4 * n + j).copied().unwrap_or(0)));
         }
     }
 }
 
 /// The codes of a row of a group.
-pub(super) fn get(group: &[u8], row: usize, codes: &mut [i32]) {
+pub(super) fn get(group: &[u8], indexed: bool, row: usize, codes: &mut [i32]) {
     for (word, codes) in codes.chunks_mut(20).enumerate() {
-        for (j, &byte) in group[(word * TILE + row) * 4..][..4].iter().enumerate() {
-            let mut rest = byte;
-            for code in codes[j..].iter_mut().step_by(4) {
-                (*code, rest) = first_digit(rest);
+        for (j, &byte) in group[(word * FIELD_TILE + row) * 4..][..4].iter().enumerate() {
+            let digits = decode(indexed, byte);
+            for (code, digit) in codes[j..].iter_mut().step_by(4).zip(digits) {
+                *code = digit as i32;
             }
         }
     }
@@ -50,12 +95,21 @@ mod tests {
     fn every_five_digits_survive_a_byte() {
         for v in 0..243u32 {
             let digits = [v / 81, v / 27 % 3, v / 9 % 3, v / 3 % 3, v % 3].map(|d| d as u8);
-            let mut rest = encode(digits);
-            for (n, &digit) in digits.iter().enumerate() {
-                let first;
-                (first, rest) = first_digit(rest);
-                assert_eq!(first, digit as i32, "value {v} digit {n}");
+            for indexed in [false, true] {
+                assert_eq!(decode(indexed, encode(indexed, digits)), digits, "{digits:?} {indexed}");
             }
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn tables_have_the_first_four_digits() {
+        for v in 0..243u32 {
+            let digits = [v / 81, v / 27 % 3, v / 9 % 3, v / 3 % 3, v % 3].map(|d| d as u8);
+            let byte = encode(true, digits);
+            let four = FIRST_DIGITS[(byte >> 7) as usize][(byte & 127) as usize];
+            assert_eq!([four & 3, four >> 2 & 3, four >> 4 & 3, four >> 6], digits[..4], "{digits:?}");
+            assert_eq!(if byte & 127 >= FIRST_FOUR { 2 } else { byte >> 7 }, digits[4]);
         }
     }
 }

@@ -55,14 +55,23 @@ pub fn assert_same(a: &[f32], b: &[f32], what: &str) {
     }
 }
 
-/// Where a block's f16 scale is, if it has one.
-pub fn scale_at(ty: SourceType) -> Option<usize> {
+/// Where a block's f16 scale d is, and its m or dmin if it has one; `None` for types with other scales or none.
+pub fn scale_at(ty: SourceType) -> Option<(usize, Option<usize>)> {
+    use SourceType::*;
     match ty {
-        SourceType::F32 | SourceType::F16 | SourceType::BF16 => None,
-        SourceType::Q4_0 | SourceType::Q8_0 => Some(0),
-        SourceType::TQ1_0 => Some(52),
-        SourceType::TQ2_0 => Some(64),
+        F32 | F16 | BF16 | MXFP4 | I2_S => None,
+        Q4_0 | Q5_0 | Q8_0 | IQ4_NL => Some((0, None)),
+        Q4_1 | Q5_1 | Q4_K | Q5_K | L1 | L2 | L3 => Some((0, Some(2))),
+        Q2_K => Some((80, Some(82))),
+        Q3_K => Some((108, None)),
+        Q6_K => Some((208, None)),
+        TQ1_0 => Some((52, None)),
+        TQ2_0 => Some((64, None)),
     }
+}
+
+pub fn is_float(ty: SourceType) -> bool {
+    matches!(ty, SourceType::F32 | SourceType::F16 | SourceType::BF16)
 }
 
 /// How source bytes are made.
@@ -72,38 +81,44 @@ pub enum Weights {
     Sane,
     /// Random bytes throughout: scales and floats may be NaN, infinite, subnormal.
     Hostile,
-    /// This byte for every code, scale 1.
+    /// This byte throughout, but for a scale of 1 and a minimum of 0.
     Fill(u8),
 }
 
-/// Source bytes of `count` weights, whole blocks.
+/// Source bytes of a tensor of `count` weights, whole blocks.
 pub fn source(ty: SourceType, count: usize, weights: Weights, random: &mut Random) -> Vec<u8> {
+    let len = ty.tensor_bytes(1, count).unwrap();
     let mut bytes = match weights {
-        Weights::Fill(byte) => vec![byte; count / ty.block_elements() * ty.block_bytes()],
-        _ => random.bytes(count / ty.block_elements() * ty.block_bytes()),
+        Weights::Fill(byte) => vec![byte; len],
+        _ => random.bytes(len),
     };
     if let Weights::Hostile = weights {
         return bytes;
     }
+    let fill = matches!(weights, Weights::Fill(_));
+    // 2^-7 and below, either sign.
+    let small = |random: &mut Random| ((random.word() & 0x83ff) as u16 | 0x2000).to_le_bytes();
     for block in bytes.chunks_exact_mut(ty.block_bytes()) {
-        match (scale_at(ty), weights) {
-            (Some(at), Weights::Fill(_)) => block[at..at + 2].copy_from_slice(&0x3c00u16.to_le_bytes()),
-            // 2^-7 and below, either sign.
-            (Some(at), _) => {
-                let scale = (random.word() & 0x83ff) as u16 | 0x2000;
-                block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-            }
-            (None, Weights::Sane) => {
-                let value = random.float();
-                match ty {
-                    SourceType::F32 => block.copy_from_slice(&value.to_le_bytes()),
-                    // Of the top bits: a half float of exponent 2^-15 .. 2^0, a bfloat16 of the value.
-                    SourceType::F16 => block.copy_from_slice(&(random.word() as u16 & 0xbbff).to_le_bytes()),
-                    _ => block.copy_from_slice(&((value.to_bits() >> 16) as u16).to_le_bytes()),
+        match (ty, scale_at(ty)) {
+            (_, Some((at, min))) => {
+                block[at..at + 2].copy_from_slice(&if fill { 0x3c00u16.to_le_bytes() } else { small(random) });
+                if let Some(at) = min {
+                    block[at..at + 2].copy_from_slice(&if fill { [0, 0] } else { small(random) });
                 }
             }
-            (None, _) => {}
+            (SourceType::MXFP4, _) => block[0] = if fill { 128 } else { 118 + random.below(6) as u8 },
+            (SourceType::F32, _) if !fill => block.copy_from_slice(&random.float().to_le_bytes()),
+            // Of the top bits: a half float of exponent 2^-15 .. 2^0, a bfloat16 of the value.
+            (SourceType::F16, _) if !fill => block.copy_from_slice(&(random.word() as u16 & 0xbbff).to_le_bytes()),
+            (SourceType::BF16, _) if !fill => {
+                block.copy_from_slice(&((random.float().to_bits() >> 16) as u16).to_le_bytes())
+            }
+            _ => {}
         }
+    }
+    if ty == SourceType::I2_S {
+        let at = len - 32;
+        bytes[at..at + 4].copy_from_slice(&if fill { 1f32 } else { random.float() / 64.0 }.to_le_bytes());
     }
     bytes
 }

@@ -1,8 +1,9 @@
 //! Products: every instruction set gives portable's bits, and portable gives the specified ones.
 
-use crate::{assert_same, scale_at, source, Random, Weights};
+use crate::{assert_same, is_float, scale_at, source, Random, Weights};
 use lutra_kernels::{
-    available, dequantize, matmul, pack, select, Activations, Kernels, PackedMatrix, Pool, SourceType,
+    available, dequantize, matmul, pack, pack_as, select, Activations, Kernels, PackedForm, PackedMatrix, Pool,
+    SourceType,
 };
 
 /// y = x·Wᵀ with activations prepared for this matrix alone.
@@ -19,7 +20,7 @@ fn product(ks: &Kernels, w: &PackedMatrix, x: &[f32], pool: &Pool) -> Vec<f32> {
 fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
     let block = ty.block_elements();
     let mut y = vec![];
-    let Some(at) = scale_at(ty) else {
+    if is_float(ty) {
         let mut w = vec![0f32; rows * cols];
         dequantize(ty, src, &mut w).unwrap();
         for x in x.chunks_exact(cols) {
@@ -32,18 +33,43 @@ fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) ->
             }
         }
         return y;
+    }
+    // What the codes (times their sub-scales) are worth with d = 1 and m = 0, and the minima with d = 0 and m = 1.
+    let half = |bytes: &[u8]| {
+        let mut value = [0f32];
+        dequantize(SourceType::F16, bytes, &mut value).unwrap();
+        value[0]
     };
-    // Codes are what the block is worth with a scale of 1.
-    let mut unit = src.to_vec();
-    let mut scales = vec![];
-    for bytes in unit.chunks_exact_mut(ty.block_bytes()) {
-        let mut scale = [0f32];
-        dequantize(SourceType::F16, &bytes[at..at + 2], &mut scale).unwrap();
-        scales.push(scale[0]);
-        bytes[at..at + 2].copy_from_slice(&0x3c00u16.to_le_bytes());
+    let (zero, one) = (0u16.to_le_bytes(), 0x3c00u16.to_le_bytes());
+    let (mut unit, mut minima) = (src.to_vec(), src.to_vec());
+    let (mut scales, mut mins) = (vec![], vec![]);
+    let blocks = unit.chunks_exact_mut(ty.block_bytes()).zip(minima.chunks_exact_mut(ty.block_bytes()));
+    for (unit, minima) in blocks.take(rows * cols / block) {
+        if ty == SourceType::MXFP4 {
+            scales.push(2f64.powi(unit[0] as i32 - 128) as f32);
+            unit[0] = 128;
+        }
+        let Some((at, min)) = scale_at(ty) else { continue };
+        scales.push(half(&unit[at..at + 2]));
+        unit[at..at + 2].copy_from_slice(&one);
+        minima[at..at + 2].copy_from_slice(&zero);
+        if let Some(at) = min {
+            mins.push(half(&unit[at..at + 2]));
+            unit[at..at + 2].copy_from_slice(&zero);
+            minima[at..at + 2].copy_from_slice(&one);
+        }
+    }
+    if ty == SourceType::I2_S {
+        let at = unit.len() - 32;
+        scales = vec![f32::from_le_bytes(unit[at..at + 4].try_into().unwrap()); rows * cols / block];
+        unit[at..at + 4].copy_from_slice(&1f32.to_le_bytes());
     }
     let mut codes = vec![0f32; rows * cols];
     dequantize(ty, &unit, &mut codes).unwrap();
+    let mut min_codes = vec![0f32; rows * cols];
+    if !mins.is_empty() {
+        dequantize(ty, &minima, &mut min_codes).unwrap();
+    }
     for x in x.chunks_exact(cols) {
         let quantized: Vec<(f32, Vec<i32>)> = x
             .chunks_exact(block)
@@ -65,6 +91,11 @@ fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) ->
                 let codes = &codes[row * cols + g * block..][..block];
                 let sum: i32 = codes.iter().zip(q).map(|(&w, &a)| w as i32 * a).sum();
                 acc = (scales[row * cols / block + g] * d).mul_add(sum as f32, acc);
+                if !mins.is_empty() {
+                    let codes = &min_codes[row * cols + g * block..][..block];
+                    let sum: i32 = codes.iter().zip(q).map(|(&w, &a)| w as i32 * a).sum();
+                    acc = (mins[row * cols / block + g] * d).mul_add(sum as f32, acc);
+                }
             }
             y.push(acc);
         }
@@ -102,6 +133,7 @@ fn shapes(ty: SourceType) -> &'static [(usize, usize)] {
     match ty.block_elements() {
         1 => &[(1, 1), (16, 3), (17, 4), (33, 5), (40, 64), (64, 172)],
         32 => &[(1, 32), (31, 64), (33, 96), (64, 160)],
+        128 => &[(1, 128), (17, 384), (33, 256)],
         _ => &[(1, 256), (33, 512), (64, 768)],
     }
 }
@@ -116,9 +148,12 @@ fn portable_gives_the_specified_bits() {
                 for weights in [Weights::Sane, Weights::Hostile] {
                     let src = source(ty, rows * cols, weights, &mut random);
                     let x = activations(kind, 2, cols, &mut random);
-                    let w = pack(ty, &src, rows, cols, &pool).unwrap();
-                    let what = format!("{ty:?} {rows}×{cols} {weights:?} activations {kind}");
-                    assert_same(&product(ks, &w, &x, &pool), &specified(ty, &src, rows, cols, &x), &what);
+                    let expected = specified(ty, &src, rows, cols, &x);
+                    for form in PackedForm::candidates(ty) {
+                        let w = pack_as(form, ty, &src, rows, cols, &pool).unwrap();
+                        let what = format!("{form:?} {rows}×{cols} {weights:?} activations {kind}");
+                        assert_same(&product(ks, &w, &x, &pool), &expected, &what);
+                    }
                 }
             }
         }
@@ -134,14 +169,18 @@ fn every_instruction_set_gives_portables_bits() {
         for &(rows, cols) in shapes(ty) {
             for kind in 0..KINDS {
                 for weights in [Weights::Sane, Weights::Hostile].into_iter().chain(fills) {
-                    let n = 1 + random.below(7);
+                    let n = 1 + random.below(15);
                     let src = source(ty, rows * cols, weights, &mut random);
                     let x = activations(kind, n, cols, &mut random);
                     let w = pack(ty, &src, rows, cols, &pool).unwrap();
                     let expected = product(portable, &w, &x, &pool);
-                    for ks in available() {
-                        let what = format!("{} {ty:?} {rows}×{cols} {weights:?} activations {kind} × {n}", ks.isa);
-                        assert_same(&product(ks, &w, &x, &pool), &expected, &what);
+                    for form in PackedForm::candidates(ty) {
+                        let w = pack_as(form, ty, &src, rows, cols, &pool).unwrap();
+                        for ks in available() {
+                            let what =
+                                format!("{} {form:?} {rows}×{cols} {weights:?} activations {kind} × {n}", ks.isa);
+                            assert_same(&product(ks, &w, &x, &pool), &expected, &what);
+                        }
                     }
                 }
             }
@@ -163,13 +202,31 @@ fn extreme_sums_are_exact() {
         (SourceType::Q8_0, 0x7f, 127.0),
         (SourceType::TQ1_0, 0xff, 1.0),
         (SourceType::TQ1_0, 0x00, -1.0),
+        (SourceType::Q4_1, 0xff, 15.0),
+        (SourceType::Q5_0, 0x00, -16.0),
+        (SourceType::Q5_1, 0xff, 31.0),
+        (SourceType::Q2_K, 0xff, 15.0 * 3.0),
+        (SourceType::Q3_K, 0xff, 31.0 * 3.0),
+        (SourceType::Q3_K, 0x00, -32.0 * -4.0),
+        (SourceType::Q4_K, 0xff, 63.0 * 15.0),
+        (SourceType::Q5_K, 0xff, 63.0 * 31.0),
+        (SourceType::Q6_K, 0xff, -31.0),
+        (SourceType::Q6_K, 0x00, 0.0),
+        (SourceType::IQ4_NL, 0x00, -127.0),
+        (SourceType::IQ4_NL, 0xff, 113.0),
+        (SourceType::MXFP4, 0x77, 12.0),
+        (SourceType::MXFP4, 0xff, -12.0),
+        (SourceType::I2_S, 0xff, 2.0),
+        (SourceType::L1, 0xff, 1.0),
+        (SourceType::L2, 0xff, 3.0),
+        (SourceType::L3, 0xff, 7.0),
     ] {
         let k = 512;
         let src = source(ty, 32 * k, Weights::Fill(byte), &mut Random::new(0));
-        let w = pack(ty, &src, 32, k, &pool).unwrap();
         for sign in [1.0f32, -1.0] {
             let x = vec![127.0 * sign; k]; // d = 1, so that the product is the integer itself
             for ks in available() {
+                let w = pack_as(ks.form(ty), ty, &src, 32, k, &pool).unwrap();
                 let y = product(ks, &w, &x, &pool);
                 let expected = k as f32 * 127.0 * code * sign;
                 assert!(y.iter().all(|&v| v == expected), "{} {ty:?} {byte:#x}: {} for {expected}", ks.isa, y[0]);
@@ -186,9 +243,9 @@ fn threads_batches_and_shared_preparation_change_nothing() {
         // More activations than one block holds, and no whole number of batches.
         let (rows, cols, n) = (70, 1024, 70);
         let src = source(ty, rows * cols, Weights::Sane, &mut random);
-        let w = pack(ty, &src, rows, cols, &pools[1]).unwrap();
         let x = random.floats(n * cols);
         for ks in available() {
+            let w = pack_as(ks.form(ty), ty, &src, rows, cols, &pools[1]).unwrap();
             let expected = product(ks, &w, &x, &pools[0]);
             for pool in &pools {
                 let what = format!("{} {ty:?} {} threads", ks.isa, pool.threads());
@@ -199,7 +256,7 @@ fn threads_batches_and_shared_preparation_change_nothing() {
                 assert_same(&alone, &expected[i * rows..][..rows], &format!("{} {ty:?} row {i} alone", ks.isa));
             }
             // One scratch, used before for more rows and for other forms, and a wider output.
-            let forms = SourceType::ALL.map(lutra_kernels::PackedForm::of);
+            let forms = SourceType::ALL.map(|ty| ks.form(ty));
             let mut act = Activations::new();
             act.prepare(ks, &random.floats(80 * 1280), 80, 1280, &forms, &pools[1]);
             act.prepare(ks, &x, n, cols, &forms, &pools[1]);
@@ -225,13 +282,13 @@ fn products_are_near_the_exact_ones() {
         let src = source(ty, rows * cols, Weights::Sane, &mut random);
         let mut w = vec![0f32; rows * cols];
         dequantize(ty, &src, &mut w).unwrap();
-        let packed = pack(ty, &src, rows, cols, &pool).unwrap();
         let x = random.floats(cols);
         for ks in available() {
+            let packed = pack_as(ks.form(ty), ty, &src, rows, cols, &pool).unwrap();
             for (y, w) in product(ks, &packed, &x, &pool).into_iter().zip(w.chunks_exact(cols)) {
                 let terms = || w.iter().zip(&x).map(|(&w, &x)| w as f64 * x as f64);
                 let rounding: f64 = w.iter().map(|w| w.abs() as f64 / 254.0).sum();
-                let quantized = if scale_at(ty).is_some() { rounding } else { 0.0 };
+                let quantized = if is_float(ty) { 0.0 } else { rounding };
                 let bound = quantized + 1e-5 * terms().map(f64::abs).sum::<f64>();
                 let exact: f64 = terms().sum();
                 assert!((y as f64 - exact).abs() <= bound, "{} {ty:?}: {y} for {exact} ± {bound}", ks.isa);

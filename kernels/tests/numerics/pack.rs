@@ -1,12 +1,13 @@
 //! What a source block holds comes out of the packed form with the same bits.
 
 use crate::{assert_same, source, Random, Weights};
-use lutra_kernels::{dequantize, pack, Pool, SourceType};
+use lutra_kernels::{dequantize, pack, pack_as, PackedForm, Pool, SourceType};
 
 fn columns(ty: SourceType) -> &'static [usize] {
     match ty.block_elements() {
         1 => &[1, 2, 3, 5, 8, 64, 172],
         32 => &[32, 64, 96, 352],
+        128 => &[128, 384],
         _ => &[256, 512, 1280],
     }
 }
@@ -24,11 +25,13 @@ fn unpack_gives_the_bits_of_dequantize() {
                     let src = source(ty, rows * cols, weights, &mut random);
                     let mut expected = vec![0f32; rows * cols];
                     dequantize(ty, &src, &mut expected).unwrap();
-                    let packed = pack(ty, &src, rows, cols, &pools[rows % 2]).unwrap();
-                    let mut row = vec![0f32; cols];
-                    for (r, expected) in expected.chunks_exact(cols).enumerate() {
-                        packed.unpack_row(r, &mut row);
-                        assert_same(&row, expected, &format!("{ty:?} {rows}×{cols} {weights:?} row {r}"));
+                    for form in PackedForm::candidates(ty) {
+                        let packed = pack_as(form, ty, &src, rows, cols, &pools[rows % 2]).unwrap();
+                        let mut row = vec![0f32; cols];
+                        for (r, expected) in expected.chunks_exact(cols).enumerate() {
+                            packed.unpack_row(r, &mut row);
+                            assert_same(&row, expected, &format!("{form:?} {rows}×{cols} {weights:?} row {r}"));
+                        }
                     }
                 }
             }
@@ -47,11 +50,13 @@ fn every_byte_value_of_a_ternary_block_is_kept() {
         let mut expected = vec![0f32; 256 * 256];
         dequantize(ty, &src, &mut expected).unwrap();
         assert!(expected.iter().all(|w| [-1.0, 0.0, 1.0, 2.0].contains(w)));
-        let packed = pack(ty, &src, 256, 256, &Pool::new(1)).unwrap();
-        let mut row = vec![0f32; 256];
-        for (r, expected) in expected.chunks_exact(256).enumerate() {
-            packed.unpack_row(r, &mut row);
-            assert_same(&row, expected, &format!("{ty:?} byte {r}"));
+        for form in PackedForm::candidates(ty) {
+            let packed = pack_as(form, ty, &src, 256, 256, &Pool::new(1)).unwrap();
+            let mut row = vec![0f32; 256];
+            for (r, expected) in expected.chunks_exact(256).enumerate() {
+                packed.unpack_row(r, &mut row);
+                assert_same(&row, expected, &format!("{form:?} byte {r}"));
+            }
         }
     }
 }
@@ -59,10 +64,14 @@ fn every_byte_value_of_a_ternary_block_is_kept() {
 #[test]
 fn packed_bytes_stay_within_two_percent_of_the_source() {
     for ty in SourceType::ALL {
-        let (rows, cols) = (2048, 256);
+        let (rows, cols) = (2048, 512);
         let src = source(ty, rows * cols, Weights::Fill(0), &mut Random::new(0));
-        let packed = pack(ty, &src, rows, cols, &Pool::new(1)).unwrap();
-        assert!(packed.bytes() as f64 <= src.len() as f64 * 1.02, "{ty:?}: {} of {}", packed.bytes(), src.len());
+        for form in PackedForm::candidates(ty) {
+            let packed = pack_as(form, ty, &src, rows, cols, &Pool::new(1)).unwrap();
+            assert!(packed.bytes() as f64 <= src.len() as f64 * 1.02, "{form:?}: {} of {}", packed.bytes(), src.len());
+            let bits = packed.bytes() as f64 * 8.0 / (rows * cols) as f64;
+            assert!(ty != SourceType::TQ1_0 || bits <= 1.7, "{form:?}: {bits} bits a weight");
+        }
     }
 }
 
@@ -75,7 +84,7 @@ fn wrong_sizes_are_errors() {
     assert_eq!(code(pack(SourceType::F32, &[], 0, 32, &pool)), -1);
     assert_eq!(code(pack(SourceType::F32, &[], 1, 0, &pool)), -1);
     assert_eq!(code(pack(SourceType::F32, &[0; 4], usize::MAX, usize::MAX / 2, &pool)), -1);
-    assert_eq!(SourceType::from_ggml(12).unwrap_err().code, -3);
+    assert_eq!(SourceType::from_ggml(4).unwrap_err().code, -3);
     assert!(dequantize(SourceType::TQ2_0, &[0; 66], &mut [0.0; 255]).is_err());
     for ty in SourceType::ALL {
         assert_eq!(SourceType::from_ggml(ty as u32).unwrap(), ty);

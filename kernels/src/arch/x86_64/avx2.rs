@@ -5,12 +5,13 @@
 
 #![allow(clippy::needless_range_loop)] // planes, halves and quarters are places in several arrays at once
 
+use crate::arch::dot::{dot_kernels, Dot};
 use crate::arch::portable;
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
-use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, TILE};
+use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
 use crate::quantize::{group_scale, Table};
 use std::arch::x86_64::*;
 
@@ -24,29 +25,36 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
 static KERNELS: Kernels = Kernels {
     isa: Isa::Avx2,
     tile,
-    wants_tables: |form| bits_kernel(form).is_some(),
+    preferred,
+    wants_tables,
     quantize,
     build_tables,
     ops: float_ops!(Lanes, "avx2,fma,f16c"),
     read,
 };
 
-fn tile(form: PackedForm) -> TileKernel {
+pub(super) fn wants_tables(form: PackedForm) -> bool {
+    bits_kernel(form).is_some()
+}
+
+/// Lookup for one and two bits, where it is faster than the three instructions that stand for a dot product here.
+fn preferred(ty: SourceType) -> PackedForm {
+    let candidates = PackedForm::candidates(ty);
+    let planes = candidates.iter().find(|form| matches!(form.codes, Codes::Planes(1 | 2)));
+    *planes.unwrap_or(&candidates[0])
+}
+
+pub(super) fn tile(form: PackedForm) -> TileKernel {
     match form.codes {
         Codes::Float(FloatKind::F32) => float_f32,
         Codes::Float(FloatKind::F16) => float_f16,
         Codes::Float(FloatKind::Bf16) => float_bf16,
-        Codes::Bits(_) => bits_kernel(form).unwrap_or_else(|| portable::tile(form)),
-        Codes::Int8 if per_group(form) => int8_tile,
-        Codes::Trits5 if per_group(form) && form.group <= 256 && form.offset == -1 => trits_tile,
-        Codes::Int8 | Codes::Trits5 => portable::tile(form),
+        Codes::Planes(_) => bits_kernel(form).unwrap_or_else(|| portable::tile(form)),
+        _ => dot_tile(form).unwrap_or_else(|| portable::tile(form)),
     }
 }
 
-/// One f16 scale and one activation scale per group.
-fn per_group(form: PackedForm) -> bool {
-    form.scale == ScaleKind::F16 && form.act_group == form.group && form.group % 32 == 0
-}
+dot_kernels!(Rows, "avx2,fma,f16c", Codes::Trits);
 
 // ---------------------------------------------------------------------------------------------------- float lanes
 
@@ -177,7 +185,7 @@ unsafe fn sum_i32(v: __m256i) -> i32 {
 /// The machine has AVX2; `group` is a multiple of 32, `x` and `codes` are whole groups of the same length, `scales` and
 /// `sums` have one element per group.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+pub(super) unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
     assert!(group > 0 && group % 32 == 0 && x.len() % group == 0 && codes.len() == x.len());
     let outputs = codes.chunks_exact_mut(group).zip(scales).zip(sums);
     for (x, ((codes, scale), sum)) in x.chunks_exact(group).zip(outputs) {
@@ -221,7 +229,7 @@ unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32]
 ///
 /// The machine has AVX2; `tables` has one table per four codes.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
+pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
     assert!(codes.len() == 4 * tables.len());
     // Four 0/1 factors for each of eight entries: 0–3 and 8–11, then 4–7 and 12–15, which packing puts into order.
     let factors = |entries: [i32; 8]| entries.map(|i| i & 1 | (i & 2) << 7 | (i & 4) << 14 | (i & 8) << 21);
@@ -242,7 +250,7 @@ unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
 
 // ---------------------------------------------------------------------------------------------------- tiles
 
-/// The scales of rows 8·quarter .. + 8 of a group times the activation's.
+/// The scales of rows 8·quarter .. + 8 of a group times the activation's; their minima follow as further quarters.
 #[inline(always)]
 unsafe fn scales(args: &TileArgs, group: *const u8, quarter: usize, a: f32) -> __m256 {
     let at = group.add(args.form.group_code_bytes() + 16 * quarter);
@@ -292,12 +300,13 @@ macro_rules! batched {
 
 /// The lookup kernel for a form of bit planes, if there is one.
 fn bits_kernel(form: PackedForm) -> Option<TileKernel> {
-    let Codes::Bits(n) = form.codes else { return None };
-    if !per_group(form) || form.group > 256 {
+    let Codes::Planes(n) = form.codes else { return None };
+    let Values::Offset(offset) = form.values else { return None };
+    if !matches!(form.scale, ScaleKind::F16 | ScaleKind::F16Min) || form.group % 32 != 0 || form.group > 256 {
         return None;
     }
     // Whether a whole group's sum fits i16.
-    let largest = (form.offset as i32).abs().max((1 << n) - 1 + form.offset as i32);
+    let largest = (offset as i32).abs().max((1 << n) - 1 + offset as i32);
     let narrow = form.group as i32 * 127 * largest <= i16::MAX as i32;
     Some(match (n, narrow) {
         (1, false) => bits_tile::<1, false>,
@@ -343,6 +352,10 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
     let group_bytes = args.form.group_tile_bytes();
     let first = args.first + j;
     assert!(args.tables.len() >= (first + M) * (args.k / 4) && j + M <= args.count);
+    let offset = match args.form.values {
+        Values::Offset(offset) => offset as i32,
+        _ => 0,
+    };
     let nibble = _mm256_set1_epi8(15);
     let mut acc = [[_mm256_setzero_ps(); 4]; M];
     for g in 0..groups {
@@ -392,7 +405,8 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
         }
         for m in 0..M {
             let at = (first + m) * groups + g;
-            let correction = args.form.offset as i32 * *args.sums.get_unchecked(at);
+            let sum = *args.sums.get_unchecked(at);
+            let (correction, sum_of_a) = (offset * sum, sum as f32);
             let a = *args.scales.get_unchecked(at);
             for pair in 0..2 {
                 let mut sums = [_mm256_set1_epi32(correction); 2];
@@ -420,6 +434,10 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
                     let quarter = pair + 2 * half;
                     let scale = scales(args, group, quarter, a);
                     acc[m][quarter] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), acc[m][quarter]);
+                    if args.form.scale == ScaleKind::F16Min {
+                        let min = scales(args, group, quarter + TILE / 8, a);
+                        acc[m][quarter] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum_of_a), acc[m][quarter]);
+                    }
                 }
             }
         }
@@ -437,111 +455,119 @@ unsafe fn widen<const HALF: i32>(v: __m256i) -> __m256i {
     _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<HALF>(v))
 }
 
-/// # Safety
-///
-/// `TileKernel`'s, for `Codes::Int8` with one scale per group.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn int8_tile(args: &TileArgs, out: &mut TileOut) {
-    batched!(args, out, 4 => int8_rows::<4>, 2 => int8_rows::<2>, 1 => int8_rows::<1>);
-}
+/// Eight rows.
+struct Rows;
 
-/// |w| as an unsigned byte times sign(w)·a: ≤ 128·127 even for w = −128 (|−128| is 128 as u8, and a is not −128), so a pair is
-/// ≤ 32512 and fits i16; sums of fours go to i32.
-#[inline(always)]
-unsafe fn int8_rows<const M: usize>(args: &TileArgs, j: usize, out: &mut TileOut) {
-    let groups = check(args);
-    let size = args.form.group as usize;
-    let group_bytes = args.form.group_tile_bytes();
-    let first = args.first + j;
-    let ones = _mm256_set1_epi16(1);
-    let mut acc = [[_mm256_setzero_ps(); 4]; M];
-    for g in 0..groups {
-        let group = args.tile.as_ptr().add(g * group_bytes);
-        for quarter in 0..4 {
-            let mut sums = [_mm256_setzero_si256(); M];
-            for step in 0..size / 4 {
-                let w = load(group.add((step * TILE + quarter * 8) * 4));
-                let magnitude = _mm256_abs_epi8(w);
-                for (m, sum) in sums.iter_mut().enumerate() {
-                    let a = broadcast(args, (first + m) * args.k + g * size + step * 4);
-                    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, w));
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
-                }
-            }
-            for (m, sum) in sums.into_iter().enumerate() {
-                let at = (first + m) * groups + g;
-                let mut sum = sum;
-                if args.form.offset != 0 {
-                    let correction = args.form.offset as i32 * *args.sums.get_unchecked(at);
-                    sum = _mm256_add_epi32(sum, _mm256_set1_epi32(correction));
-                }
-                let scale = scales(args, group, quarter, *args.scales.get_unchecked(at));
-                acc[m][quarter] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), acc[m][quarter]);
-            }
-        }
+// SAFETY (of every method): the trait's.
+impl Dot for Rows {
+    type Int = __m256i;
+    type Float = __m256;
+    const LANES: usize = 8;
+    const SIGNED_BIAS: i32 = 0;
+
+    #[inline(always)]
+    unsafe fn splat(value: i32) -> __m256i {
+        _mm256_set1_epi32(value)
     }
-    for (m, acc) in acc.into_iter().enumerate() {
-        for (quarter, acc) in acc.into_iter().enumerate() {
-            _mm256_storeu_ps(out[j + m].as_mut_ptr().add(8 * quarter), acc);
-        }
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> __m256i {
+        load(from)
     }
-}
-
-/// Four activations in every dword. `at + 4` is within `args.codes`.
-#[inline(always)]
-unsafe fn broadcast(args: &TileArgs, at: usize) -> __m256i {
-    _mm256_set1_epi32(args.codes.as_ptr().add(at).cast::<i32>().read_unaligned())
-}
-
-/// # Safety
-///
-/// `TileKernel`'s, for `Codes::Trits5` with offset −1, groups of at most 256 and one scale per group.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn trits_tile(args: &TileArgs, out: &mut TileOut) {
-    batched!(args, out, 4 => trits_rows::<4>, 2 => trits_rows::<2>, 1 => trits_rows::<1>);
-}
-
-/// A byte's first digit is 0 below 86, 1 below 171, else 2 (⌊3·q / 256⌋, for every q); times 3 brings up the next. The
-/// digit − 1 then is the difference of two comparisons, and the product with an activation a change of sign.
-/// An i16 lane gathers two of each four k: ≤ 128·127 = 16256 over a group of 256.
-#[inline(always)]
-unsafe fn trits_rows<const M: usize>(args: &TileArgs, j: usize, out: &mut TileOut) {
-    let groups = check(args);
-    let size = args.form.group as usize;
-    let group_bytes = args.form.group_tile_bytes();
-    let first = args.first + j;
-    // Comparison is of signed bytes: everything is moved by 128, which multiplication by 3 keeps (3·128 ≡ 128 mod 256).
-    let sign_bit = _mm256_set1_epi8(-128);
-    let (from_one, up_to_one) = (_mm256_set1_epi8(86u8.wrapping_sub(128) as i8), _mm256_set1_epi8((170 - 128) as i8));
-    let one = _mm256_set1_epi8(1);
-    let mut acc = [[_mm256_setzero_ps(); 4]; M];
-    for g in 0..groups {
-        let group = args.tile.as_ptr().add(g * group_bytes);
-        for quarter in 0..4 {
-            let mut sums = [_mm256_setzero_si256(); M];
-            for word in 0..size.div_ceil(20) {
-                let mut q = _mm256_xor_si256(load(group.add((word * TILE + quarter * 8) * 4)), sign_bit);
-                // The last word may hold fewer digits; groups are multiples of 4.
-                for digit in 0..5.min((size - word * 20) / 4) {
-                    let w = _mm256_sub_epi8(_mm256_cmpgt_epi8(from_one, q), _mm256_cmpgt_epi8(q, up_to_one));
-                    for (m, sum) in sums.iter_mut().enumerate() {
-                        let a = broadcast(args, (first + m) * args.k + g * size + word * 20 + digit * 4);
-                        let pairs = _mm256_maddubs_epi16(one, _mm256_sign_epi8(a, w));
-                        *sum = _mm256_add_epi16(*sum, pairs);
-                    }
-                    q = _mm256_add_epi8(q, _mm256_add_epi8(q, q));
-                }
-            }
-            for (m, sum) in sums.into_iter().enumerate() {
-                let sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-                let scale = scales(args, group, quarter, *args.scales.get_unchecked((first + m) * groups + g));
-                acc[m][quarter] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), acc[m][quarter]);
-            }
-        }
+    #[inline(always)]
+    unsafe fn and(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_and_si256(a, b)
     }
-    for (m, acc) in acc.into_iter().enumerate() {
-        for (quarter, acc) in acc.into_iter().enumerate() {
-            _mm256_storeu_ps(out[j + m].as_mut_ptr().add(8 * quarter), acc);
+    #[inline(always)]
+    unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_or_si256(a, b)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_add_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_sub_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_mullo_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn shl(a: __m256i, n: u32) -> __m256i {
+        _mm256_sllv_epi32(a, _mm256_set1_epi32(n as i32))
+    }
+    #[inline(always)]
+    unsafe fn shr(a: __m256i, n: u32) -> __m256i {
+        _mm256_srlv_epi32(a, _mm256_set1_epi32(n as i32))
+    }
+    /// A pair of products is at most 2·127·127 = 32258 and fits i16.
+    #[inline(always)]
+    unsafe fn dot(acc: __m256i, codes: __m256i, a: i32) -> __m256i {
+        let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(a));
+        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+    /// |w| as an unsigned byte times sign(w)·a: ≤ 128·127 even for w = −128 (|−128| is 128 as u8, and a is not −128), so a
+    /// pair is ≤ 32512 and fits i16.
+    #[inline(always)]
+    unsafe fn dot_signed(acc: __m256i, weights: __m256i, a: i32) -> __m256i {
+        let a = _mm256_sign_epi8(_mm256_set1_epi32(a), weights);
+        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), a);
+        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+    #[inline(always)]
+    unsafe fn dot_halves(acc: __m256i, halves: __m256i, a: i32) -> __m256i {
+        _mm256_add_epi32(acc, _mm256_madd_epi16(halves, _mm256_set1_epi32(a)))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &'static [i8; 16], index: __m256i) -> __m256i {
+        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), index)
+    }
+    /// `Codes::Trits`: a byte's first digit is 0 below 86, 1 below 171, else 2 (⌊3·q / 256⌋, for every q); times 3 brings up the
+    /// next. Comparison is of signed bytes: everything is moved by 128, which multiplication by 3 keeps (3·128 ≡ 128 mod 256).
+    #[inline(always)]
+    unsafe fn digits(bytes: __m256i) -> [__m256i; 5] {
+        let (one, two) =
+            (_mm256_set1_epi8(86u8.wrapping_sub(128) as i8), _mm256_set1_epi8(171u8.wrapping_sub(128) as i8));
+        let mut q = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+        let mut out = [_mm256_setzero_si256(); 5];
+        for digit in &mut out {
+            let below = _mm256_add_epi8(_mm256_cmpgt_epi8(one, q), _mm256_cmpgt_epi8(two, q));
+            *digit = _mm256_add_epi8(_mm256_set1_epi8(2), below);
+            q = _mm256_add_epi8(q, _mm256_add_epi8(q, q));
         }
+        out
+    }
+    #[inline(always)]
+    unsafe fn to_float(a: __m256i) -> __m256 {
+        _mm256_cvtepi32_ps(a)
+    }
+    #[inline(always)]
+    unsafe fn splat_float(value: f32) -> __m256 {
+        _mm256_set1_ps(value)
+    }
+    #[inline(always)]
+    unsafe fn load_float(from: *const f32) -> __m256 {
+        _mm256_loadu_ps(from)
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const u8) -> __m256 {
+        _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))
+    }
+    #[inline(always)]
+    unsafe fn mul_float(a: __m256, b: __m256) -> __m256 {
+        _mm256_mul_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        _mm256_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn store(a: __m256, to: *mut f32) {
+        _mm256_storeu_ps(to, a);
+    }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
     }
 }

@@ -1,10 +1,10 @@
-//! `Codes::Bits(n)`: bit planes for table lookup.
+//! `Codes::Planes(n)`: bit planes for table lookup.
 //!
 //! For every 8 consecutive k (an octet) and every plane b there are 32 bytes, one per row of the tile in order: bit i of its low
 //! nibble is bit b of the code at k = 8·octet + i, and bit i of its high nibble that at 8·octet + 4 + i. A nibble thus is
 //! the index of a subset sum of four activations (`quantize::Table`).
 
-use super::TILE;
+use super::PLANE_TILE as TILE;
 
 pub(super) fn put(group: &mut [u8], n: u8, row: usize, codes: &[u8]) {
     for (k, code) in codes.iter().enumerate() {

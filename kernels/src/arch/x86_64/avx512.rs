@@ -1,0 +1,173 @@
+//! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 16 rows to a register, one instruction for four k of each.
+//!
+//! Float operations, quantising and table lookup are AVX2's: eight lanes are the virtual vector anyway, and none of them
+//! is what a token waits for.
+
+use super::avx2::{self, Lanes};
+use crate::arch::dot::{dot_kernels, Dot};
+use crate::arch::portable;
+use crate::dispatch::{Isa, Kernels};
+use crate::matmul::{TileArgs, TileKernel, TileOut};
+use crate::ops::float_ops;
+use crate::pack::{trits, Codes, PackedForm, SourceType};
+use std::arch::x86_64::*;
+
+/// The set, if this machine can run it.
+pub(crate) fn kernels() -> Option<&'static Kernels> {
+    let usable = avx2::kernels().is_some()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx512vbmi");
+    usable.then_some(&KERNELS)
+}
+
+static KERNELS: Kernels = Kernels {
+    isa: Isa::Avx512,
+    tile,
+    preferred,
+    wants_tables: avx2::wants_tables,
+    quantize: avx2::quantize,
+    build_tables: avx2::build_tables,
+    ops: float_ops!(Lanes, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c"),
+    read,
+};
+
+fn preferred(ty: SourceType) -> PackedForm {
+    match ty {
+        SourceType::TQ1_0 => PackedForm { codes: Codes::IndexedTrits, ..PackedForm::of(ty) },
+        _ => PackedForm::of(ty),
+    }
+}
+
+fn tile(form: PackedForm) -> TileKernel {
+    match form.codes {
+        Codes::Float(_) | Codes::Planes(_) => avx2::tile(form),
+        _ => dot_tile(form).unwrap_or_else(|| portable::tile(form)),
+    }
+}
+
+dot_kernels!(Rows, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c", Codes::IndexedTrits);
+
+/// # Safety
+///
+/// The machine has AVX-512.
+#[target_feature(enable = "avx512f")]
+unsafe fn read(words: &[u64]) -> u64 {
+    words.iter().fold(0, |sum, word| sum ^ word)
+}
+
+/// Sixteen rows.
+struct Rows;
+
+// SAFETY (of every method): the trait's.
+impl Dot for Rows {
+    type Int = __m512i;
+    type Float = __m512;
+    const LANES: usize = 16;
+    /// VPDPBUSD takes unsigned weights: w + 128.
+    const SIGNED_BIAS: i32 = 128;
+
+    #[inline(always)]
+    unsafe fn splat(value: i32) -> __m512i {
+        _mm512_set1_epi32(value)
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> __m512i {
+        _mm512_loadu_si512(from.cast())
+    }
+    #[inline(always)]
+    unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_and_si512(a, b)
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_or_si512(a, b)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_add_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_sub_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_mullo_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn shl(a: __m512i, n: u32) -> __m512i {
+        _mm512_sllv_epi32(a, _mm512_set1_epi32(n as i32))
+    }
+    #[inline(always)]
+    unsafe fn shr(a: __m512i, n: u32) -> __m512i {
+        _mm512_srlv_epi32(a, _mm512_set1_epi32(n as i32))
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: __m512i, codes: __m512i, a: i32) -> __m512i {
+        _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(a))
+    }
+    #[inline(always)]
+    unsafe fn dot_signed(acc: __m512i, weights: __m512i, a: i32) -> __m512i {
+        let moved = _mm512_xor_si512(weights, _mm512_set1_epi8(-128));
+        _mm512_dpbusd_epi32(acc, moved, _mm512_set1_epi32(a))
+    }
+    #[inline(always)]
+    unsafe fn dot_halves(acc: __m512i, halves: __m512i, a: i32) -> __m512i {
+        _mm512_dpwssd_epi32(acc, halves, _mm512_set1_epi32(a))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &'static [i8; 16], index: __m512i) -> __m512i {
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+        _mm512_shuffle_epi8(table, index)
+    }
+    /// `Codes::IndexedTrits`. VPERMI2B looks at the low seven bits of an index.
+    #[inline(always)]
+    unsafe fn digits(bytes: __m512i) -> [__m512i; 5] {
+        let table =
+            |bit: usize, half: usize| _mm512_loadu_si512(trits::FIRST_DIGITS[bit].as_ptr().add(64 * half).cast());
+        let clear = _mm512_permutex2var_epi8(table(0, 0), bytes, table(0, 1));
+        let set = _mm512_permutex2var_epi8(table(1, 0), bytes, table(1, 1));
+        let top = _mm512_movepi8_mask(bytes);
+        let four = _mm512_mask_blend_epi8(top, clear, set);
+        let three = _mm512_set1_epi8(3);
+        let digit = |n: u32| _mm512_and_si512(Self::shr(four, n), three);
+        let is_two = _mm512_cmpge_epu8_mask(_mm512_and_si512(bytes, _mm512_set1_epi8(127)), _mm512_set1_epi8(81));
+        let last = _mm512_mask_mov_epi8(_mm512_maskz_set1_epi8(top, 1), is_two, _mm512_set1_epi8(2));
+        [digit(0), digit(2), digit(4), digit(6), last]
+    }
+    #[inline(always)]
+    unsafe fn to_float(a: __m512i) -> __m512 {
+        _mm512_cvtepi32_ps(a)
+    }
+    #[inline(always)]
+    unsafe fn splat_float(value: f32) -> __m512 {
+        _mm512_set1_ps(value)
+    }
+    #[inline(always)]
+    unsafe fn load_float(from: *const f32) -> __m512 {
+        _mm512_loadu_ps(from)
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const u8) -> __m512 {
+        _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))
+    }
+    #[inline(always)]
+    unsafe fn mul_float(a: __m512, b: __m512) -> __m512 {
+        _mm512_mul_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        _mm512_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn store(a: __m512, to: *mut f32) {
+        _mm512_storeu_ps(to, a);
+    }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
+}

@@ -1,0 +1,142 @@
+//! Scales in the stream, behind the codes of a group: sub-scales, then d, then m (or dmin) of every row.
+//!
+//! Sub-scales come in words of 4 bytes per row, rows in order. Subs 4t … 4t + 3 are quad t; within a quad, byte `BYTE_OF[i]`
+//! is sub i's, so that bytes 0 and 2 (as 16-bit halves) are neighbours, and so are 1 and 3. Their words:
+//! - `Sub4Min`: word t has s in the low and m in the high nibbles of quad t.
+//! - `Sub6Min`: words 0 and 1 the same with the low four bits of s and m; word 2 the upper two bits, s then m, quad 0 in its
+//!   low nibbles and quad 1 in its high ones.
+//! - `Sub6`: words 0 and 1 the low four bits of quads 2t (low nibbles) and 2t + 1 (high ones); word 2 the upper two bits of quad
+//!   t at bit 2t.
+//! - `Sub8`: word t has the bytes of quad t.
+
+use super::source::Block;
+use super::{PackedForm, ScaleKind, MAX_SUBS};
+use crate::ops::f16_to_f32;
+use crate::pack::source::e8m0_half;
+
+/// The byte of a quad's word that sub i of the quad has.
+const BYTE_OF: [usize; 4] = [0, 2, 1, 3];
+
+impl ScaleKind {
+    /// Weights that share a sub-scale, or `group` if there are no subs.
+    pub(crate) fn sub(self, group: usize) -> usize {
+        match self {
+            ScaleKind::Sub4Min | ScaleKind::Sub6 | ScaleKind::Sub8 => 16,
+            ScaleKind::Sub6Min => 32,
+            _ => group,
+        }
+    }
+
+    /// Words of sub-scales.
+    pub(crate) fn words(self) -> usize {
+        match self {
+            ScaleKind::Sub4Min | ScaleKind::Sub8 => 4,
+            ScaleKind::Sub6 | ScaleKind::Sub6Min => 3,
+            _ => 0,
+        }
+    }
+
+    /// What is stored of a sub-scale is this more than its value.
+    pub(crate) fn bias(self) -> i32 {
+        match self {
+            ScaleKind::Sub6 => 32,
+            ScaleKind::Sub8 => 128,
+            _ => 0,
+        }
+    }
+
+    fn has_min(self) -> bool {
+        matches!(self, ScaleKind::F16Min | ScaleKind::Sub4Min | ScaleKind::Sub6Min)
+    }
+
+    /// Bytes of a group of `rows` rows.
+    pub(crate) fn bytes(self, rows: usize) -> usize {
+        match self {
+            ScaleKind::None | ScaleKind::Tensor => 0,
+            ScaleKind::E8M0 => rows,
+            _ => rows * (4 * self.words() + if self.has_min() { 4 } else { 2 }),
+        }
+    }
+}
+
+/// What turns a row's codes of a group into weights.
+pub(crate) struct RowScales {
+    pub d: f32,
+    /// m or dmin; 0 if the kind has none.
+    pub min: f32,
+    /// s and m of the subs, `bias` taken off.
+    pub sub_scales: [i32; MAX_SUBS],
+    pub sub_mins: [i32; MAX_SUBS],
+}
+
+/// Byte `BYTE_OF[i]` of word t of a row.
+fn byte(rows: usize, row: usize, t: usize, i: usize) -> usize {
+    (t * rows + row) * 4 + BYTE_OF[i]
+}
+
+/// Writes a row's scales into the zeroed region behind a group's codes.
+pub(super) fn put(form: PackedForm, scales: &mut [u8], row: usize, block: &Block) {
+    let (kind, rows) = (form.scale, form.tile_rows());
+    for j in 0..form.group as usize / kind.sub(form.group as usize) {
+        let (t, i) = (j / 4, j % 4);
+        let (s, m) = (block.sub_scales[j], block.sub_mins[j]);
+        match kind {
+            ScaleKind::Sub4Min => scales[byte(rows, row, t, i)] = s | m << 4,
+            ScaleKind::Sub6Min => {
+                scales[byte(rows, row, t, i)] = s & 15 | m << 4;
+                scales[byte(rows, row, 2, i)] |= (s >> 4 | m >> 4 << 2) << (4 * t);
+            }
+            ScaleKind::Sub6 => {
+                scales[byte(rows, row, t / 2, i)] |= (s & 15) << (4 * (t % 2));
+                scales[byte(rows, row, 2, i)] |= s >> 4 << (2 * t);
+            }
+            ScaleKind::Sub8 => scales[byte(rows, row, t, i)] = s,
+            _ => {}
+        }
+    }
+    let at = 4 * rows * kind.words();
+    match kind {
+        ScaleKind::None | ScaleKind::Tensor => {}
+        ScaleKind::E8M0 => scales[row] = block.scale as u8,
+        _ => {
+            scales[at + 2 * row..][..2].copy_from_slice(&block.scale.to_le_bytes());
+            if kind.has_min() {
+                scales[at + 2 * (rows + row)..][..2].copy_from_slice(&block.min.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// A row's scales; `tensor` is the matrix's own.
+pub(super) fn get(form: PackedForm, scales: &[u8], row: usize, tensor: f32) -> RowScales {
+    let (kind, rows) = (form.scale, form.tile_rows());
+    let mut r = RowScales { d: tensor, min: 0.0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
+    for j in 0..form.group as usize / kind.sub(form.group as usize) {
+        let (t, i) = (j / 4, j % 4);
+        let at = |word: usize| scales[byte(rows, row, word, i)] as i32;
+        (r.sub_scales[j], r.sub_mins[j]) = match kind {
+            ScaleKind::Sub4Min => (at(t) & 15, at(t) >> 4),
+            ScaleKind::Sub6Min => {
+                let high = at(2) >> (4 * t);
+                (at(t) & 15 | (high & 3) << 4, at(t) >> 4 | (high >> 2 & 3) << 4)
+            }
+            ScaleKind::Sub6 => (at(t / 2) >> (4 * (t % 2)) & 15 | (at(2) >> (2 * t) & 3) << 4, 0),
+            ScaleKind::Sub8 => (at(t), 0),
+            _ => (1, 0),
+        };
+        r.sub_scales[j] -= kind.bias();
+    }
+    let at = 4 * rows * kind.words();
+    let half = |at: usize| f16_to_f32(u16::from_le_bytes([scales[at], scales[at + 1]]));
+    match kind {
+        ScaleKind::None | ScaleKind::Tensor => {}
+        ScaleKind::E8M0 => r.d = e8m0_half(scales[row]),
+        _ => {
+            r.d = half(at + 2 * row);
+            if kind.has_min() {
+                r.min = half(at + 2 * (rows + row));
+            }
+        }
+    }
+    r
+}
