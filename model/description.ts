@@ -1,6 +1,6 @@
 import { llama } from "./architectures/llama.ts";
 import { UnsupportedModelError } from "./errors.ts";
-import { ggmlTypeName } from "./ggml_types.ts";
+import { GGML_TYPES, ggmlTypeName } from "./ggml_types.ts";
 import type { GgufFile, TensorInfo } from "./gguf.ts";
 import { Metadata } from "./metadata.ts";
 
@@ -63,8 +63,6 @@ export interface Architecture {
 }
 
 const ARCHITECTURES: ReadonlyMap<string, Architecture> = new Map([llama].map((a) => [a.name, a]));
-/** Tensor types that the kernels compute with, by GGML id. */
-const SUPPORTED_TYPES: ReadonlySet<number> = new Set([0, 1, 2, 8, 30, 34, 35]);
 
 /**
  * Reads the model out of a GGUF.
@@ -89,8 +87,8 @@ export function describeModel(gguf: GgufFile): ModelDescription {
     if (info.shape.length !== shape.length || info.shape.some((dim, i) => dim !== shape[i])) {
       throw new UnsupportedModelError(`tensor ${key} has shape ${info.shape.join(" × ")}, not ${shape.join(" × ")}`);
     }
-    if (!SUPPORTED_TYPES.has(info.type)) {
-      const types = [...SUPPORTED_TYPES].map(ggmlTypeName).join(", ");
+    if (GGML_TYPES.get(info.type)?.supported !== true) {
+      const types = [...GGML_TYPES.values()].filter((t) => t.supported).map((t) => t.name).join(", ");
       throw new UnsupportedModelError(`tensor ${key} has type ${ggmlTypeName(info.type)}; supported are ${types}`);
     }
     used.add(key);

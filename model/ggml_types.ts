@@ -1,13 +1,20 @@
-/** A tensor type of GGML. */
+/** A tensor type of a GGUF: GGML's, bitnet.cpp's I2_S, and Lutra's own group types (ids from 1001). */
 export interface GgmlType {
   readonly id: number;
   readonly name: string;
   /** Elements and bytes of a block. */
   readonly elements: number;
   readonly bytes: number;
+  /** Bytes behind the blocks of a tensor. */
+  readonly trailer: number;
+  /** Whether the kernels compute with it. */
+  readonly supported: boolean;
 }
 
-const table: [number, string, number, number][] = [
+/** Types that only files have so far. */
+const UNSUPPORTED = new Set([9, 15, 16, 17, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]);
+
+const table: [number, string, number, number, number?][] = [
   [0, "F32", 1, 4],
   [1, "F16", 1, 2],
   [2, "Q4_0", 32, 18],
@@ -39,12 +46,19 @@ const table: [number, string, number, number][] = [
   [30, "BF16", 1, 2],
   [34, "TQ1_0", 256, 54],
   [35, "TQ2_0", 256, 66],
+  [36, "I2_S", 128, 32, 32],
   [39, "MXFP4", 32, 17],
+  [1001, "L1", 128, 20],
+  [1002, "L2", 128, 36],
+  [1003, "L3", 128, 52],
 ];
 
 /** Every tensor type that a GGUF may hold, by id. */
 export const GGML_TYPES: ReadonlyMap<number, GgmlType> = new Map(
-  table.map(([id, name, elements, bytes]) => [id, { id, name, elements, bytes }]),
+  table.map(([id, name, elements, bytes, trailer = 0]) => [
+    id,
+    { id, name, elements, bytes, trailer, supported: !UNSUPPORTED.has(id) },
+  ]),
 );
 
 /** The type's name, or its number when it is not known. */

@@ -217,7 +217,14 @@ function readTensor(cursor: Cursor, index: number): Omit<TensorInfo, "bytes"> & 
     );
   }
   const offset = cursor.u64(`${field} offset`);
-  return { name, type, shape, offset, bytes: (elements / known.elements) * known.bytes, at: cursor.at - 8 };
+  return {
+    name,
+    type,
+    shape,
+    offset,
+    bytes: (elements / known.elements) * known.bytes + known.trailer,
+    at: cursor.at - 8,
+  };
 }
 
 /**
