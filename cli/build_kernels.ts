@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 const MINIMUM_RUST = [1, 85] as const;
 
 const HOW_RUST =
-  "Install Rust from https://rustup.rs, or with `apt install rustc cargo` where that is 1.85 or newer, and open a new terminal.";
+  "Install Rust from https://rustup.rs, or with `apt install rustc cargo` where that is 1.89 or newer, and open a new terminal.";
 const HOW_LINKER =
   "Install one: `apt install gcc` (Debian, Raspberry Pi OS), `dnf install gcc` (Fedora), `xcode-select --install` (macOS).";
 

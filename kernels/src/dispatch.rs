@@ -66,6 +66,11 @@ impl Kernels {
     pub fn form(&self, ty: SourceType) -> PackedForm {
         (self.preferred)(ty)
     }
+
+    /// Whether these kernels have one of their own for the form, rather than portable's.
+    pub fn has_kernel(&self, form: PackedForm) -> bool {
+        self.isa == Isa::Portable || !std::ptr::fn_addr_eq((self.tile)(form), arch::portable::tile(form))
+    }
 }
 
 /// Every set of kernels that this machine can run, portable first, best last.

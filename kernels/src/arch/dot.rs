@@ -52,7 +52,6 @@ pub(crate) trait Dot {
     /// `a·b + c`, rounded once.
     unsafe fn fma(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     unsafe fn store(a: Self::Float, to: *mut f32);
-    unsafe fn prefetch(from: *const u8);
 }
 
 /// `CODES`: n for `Codes::Fields(n)` with an offset, or one of these for tables.
@@ -68,10 +67,6 @@ pub(crate) const SUB4_MIN: u8 = 4;
 pub(crate) const SUB6_MIN: u8 = 5;
 pub(crate) const SUB6: u8 = 6;
 pub(crate) const SUB8: u8 = 7;
-
-/// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
-/// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
-const AHEAD: usize = 4096;
 
 /// Registers that the rows of a tile take at most.
 const CHUNKS: usize = FIELD_TILE / 4;
@@ -175,14 +170,6 @@ unsafe fn four(codes: *const i8) -> i32 {
     codes.cast::<i32>().read_unaligned()
 }
 
-/// Asks for the lines of a unit that is `AHEAD` of this one.
-#[inline(always)]
-unsafe fn prefetch<D: Dot>(unit: *const u8, words: usize) {
-    for line in 0..words {
-        D::prefetch(unit.wrapping_add(AHEAD + line * WORD));
-    }
-}
-
 /// Checks what the kernels rely on, and returns the number of groups.
 #[inline(always)]
 fn check(args: &TileArgs, j: usize, n: usize) -> usize {
@@ -246,9 +233,6 @@ pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS:
             }
             for unit in 0..units {
                 let at = group.add(unit * unit_bytes);
-                if chunk == 0 {
-                    prefetch::<D>(at, width(CODES));
-                }
                 let w = decode::<D, CODES>(at.add(chunk * D::LANES * 4));
                 for (n, sums) in sums.iter_mut().enumerate() {
                     let a = args.codes.as_ptr().add((args.first + j + n) * args.k + g * size + unit * UNIT);
@@ -364,20 +348,17 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     let mut acc = [[D::splat_float(0.0); CHUNKS]; N];
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
-        let behind = group.add(8 * unit_bytes);
+        let units = group.add(words * WORD);
+        let scales = units.add(8 * unit_bytes);
         for chunk in 0..FIELD_TILE / D::LANES {
             let rows = chunk * D::LANES * 4;
             let mut total = [D::splat(0); N];
             let mut other = [D::splat(0); N];
             for t in 0..quads {
-                let (s, m) = quad::<D, SCALE>(behind.add(rows), t);
+                let (s, m) = quad::<D, SCALE>(group.add(rows), t);
                 for unit in 0..sub / 8 {
                     let index = t * (sub / 8) + unit;
-                    let at = group.add(index * unit_bytes);
-                    if chunk == 0 {
-                        prefetch::<D>(at, width(CODES));
-                    }
-                    let w = decode::<D, CODES>(at.add(rows));
+                    let w = decode::<D, CODES>(units.add(index * unit_bytes + rows));
                     for half in 0..UNIT / sub {
                         let byte = [0, 2, 1, 3][unit * (UNIT / sub) + half];
                         let mut s = D::and(D::shr(s, 8 * byte), D::splat(255));
@@ -403,7 +384,6 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
                     }
                 }
             }
-            let scales = behind.add(words * WORD);
             let d = D::load_half(scales.add(2 * D::LANES * chunk));
             for n in 0..N {
                 let at = (args.first + j + n) * groups + g;
@@ -446,9 +426,6 @@ pub(crate) unsafe fn trits<D: Dot, const N: usize>(args: &TileArgs, j: usize, ou
             }
             for word in 0..words {
                 let at = group.add(word * WORD);
-                if chunk == 0 {
-                    prefetch::<D>(at, 1);
-                }
                 let digits = D::digits(D::load(at.add(chunk * D::LANES * 4)));
                 // The last word may hold fewer digits.
                 let steps = (size / 4 - 5 * word).min(5);

@@ -1,9 +1,10 @@
 //! Weights: source blocks as the model file has them, and the canonical packed form that kernels read.
 //!
 //! A packed matrix is a sequence of tiles; a tile holds `tile_rows` whole rows as one sequential stream of groups along k.
-//! A group holds the codes of all rows interleaved as its `Codes` says (`planes`, `fields`, `trits`), then their scales
-//! (`scales`). Rows beyond the matrix in its last tile have zero codes and zero scales. Every source type converts without
-//! loss, to each of its candidate forms: `unpack_row` gives the bits that `dequantize` gives.
+//! A group holds sub-scales, if it has any, the codes of all rows interleaved as its `Codes` says (`planes`, `fields`,
+//! `trits`), then the scales of the rows (`scales`): the order in which kernels want them. Rows beyond the matrix in its last
+//! tile have zero codes and zero scales. Every source type converts without loss, to each of its candidate forms: `unpack_row`
+//! gives the bits that `dequantize` gives.
 
 mod buffer;
 pub(crate) mod fields;
@@ -12,6 +13,7 @@ pub(crate) mod scales;
 mod source;
 pub(crate) mod trits;
 
+use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
 use crate::pool::Pool;
 pub(crate) use buffer::Buffer;
@@ -187,7 +189,8 @@ impl PackedForm {
 
     /// Writes one row's block into a zeroed group of a tile.
     fn put(self, group: &mut [u8], row: usize, block: &Block) {
-        let (codes, scales) = group.split_at_mut(self.group_code_bytes());
+        let (subs, rest) = group.split_at_mut(self.scale.sub_bytes(self.tile_rows()));
+        let (codes, scales) = rest.split_at_mut(self.group_code_bytes());
         let from = &block.codes[..self.group as usize];
         match self.codes {
             Codes::Planes(n) => planes::put(codes, n, row, from),
@@ -196,12 +199,13 @@ impl PackedForm {
             Codes::IndexedTrits => trits::put(codes, true, row, from),
             Codes::Float(_) => unreachable!("float weights have no codes"),
         }
-        scales::put(self, scales, row, block);
+        scales::put(self, subs, scales, row, block);
     }
 
     /// What a row of a tile's group is worth before scaling, and its scales; `tensor` is the matrix's.
     pub(crate) fn get(self, group: &[u8], row: usize, tensor: f32, values: &mut [i32]) -> RowScales {
-        let (codes, scales) = group.split_at(self.group_code_bytes());
+        let (subs, rest) = group.split_at(self.scale.sub_bytes(self.tile_rows()));
+        let (codes, scales) = rest.split_at(self.group_code_bytes());
         match self.codes {
             Codes::Planes(n) => planes::get(codes, n, row, values),
             Codes::Fields(n) => fields::get(codes, n, row, values),
@@ -217,7 +221,7 @@ impl PackedForm {
                 Values::Mxfp4 => MXFP4_VALUES[*value as usize] as i32,
             }
         });
-        scales::get(self, scales, row, tensor)
+        scales::get(self, subs, scales, row, tensor)
     }
 }
 
@@ -246,6 +250,14 @@ impl PackedMatrix {
 
     pub fn tiles(&self) -> usize {
         self.rows.div_ceil(self.form.tile_rows())
+    }
+
+    /// Reads every byte, as a product's threads share the tiles, and nothing else: what products are compared with.
+    pub fn read(&self, ks: &Kernels, pool: &Pool) {
+        pool.run(self.tiles(), &|index| {
+            // SAFETY: every bit pattern is a u64; `align_to` splits correctly. `ks` is usable on this machine.
+            std::hint::black_box(unsafe { (ks.read)(self.tile(index).align_to::<u64>().1) });
+        });
     }
 
     pub(crate) fn tile(&self, index: usize) -> &[u8] {

@@ -1,4 +1,4 @@
-//! Scales in the stream, behind the codes of a group: sub-scales, then d, then m (or dmin) of every row.
+//! Scales in the stream: sub-scales before the codes of a group; d, then m (or dmin) of every row behind them.
 //!
 //! Sub-scales come in words of 4 bytes per row, rows in order. Subs 4t … 4t + 3 are quad t; within a quad, byte `BYTE_OF[i]`
 //! is sub i's, so that bytes 0 and 2 (as 16-bit halves) are neighbours, and so are 1 and 3. Their words:
@@ -49,12 +49,17 @@ impl ScaleKind {
         matches!(self, ScaleKind::F16Min | ScaleKind::Sub4Min | ScaleKind::Sub6Min)
     }
 
-    /// Bytes of a group of `rows` rows.
+    /// Bytes of the sub-scales of `rows` rows.
+    pub(crate) fn sub_bytes(self, rows: usize) -> usize {
+        4 * rows * self.words()
+    }
+
+    /// Bytes of all scales of a group of `rows` rows.
     pub(crate) fn bytes(self, rows: usize) -> usize {
         match self {
             ScaleKind::None | ScaleKind::Tensor => 0,
             ScaleKind::E8M0 => rows,
-            _ => rows * (4 * self.words() + if self.has_min() { 4 } else { 2 }),
+            _ => self.sub_bytes(rows) + rows * if self.has_min() { 4 } else { 2 },
         }
     }
 }
@@ -74,46 +79,45 @@ fn byte(rows: usize, row: usize, t: usize, i: usize) -> usize {
     (t * rows + row) * 4 + BYTE_OF[i]
 }
 
-/// Writes a row's scales into the zeroed region behind a group's codes.
-pub(super) fn put(form: PackedForm, scales: &mut [u8], row: usize, block: &Block) {
+/// Writes a row's scales into the zeroed regions before and behind a group's codes.
+pub(super) fn put(form: PackedForm, subs: &mut [u8], scales: &mut [u8], row: usize, block: &Block) {
     let (kind, rows) = (form.scale, form.tile_rows());
     for j in 0..form.group as usize / kind.sub(form.group as usize) {
         let (t, i) = (j / 4, j % 4);
         let (s, m) = (block.sub_scales[j], block.sub_mins[j]);
         match kind {
-            ScaleKind::Sub4Min => scales[byte(rows, row, t, i)] = s | m << 4,
+            ScaleKind::Sub4Min => subs[byte(rows, row, t, i)] = s | m << 4,
             ScaleKind::Sub6Min => {
-                scales[byte(rows, row, t, i)] = s & 15 | m << 4;
-                scales[byte(rows, row, 2, i)] |= (s >> 4 | m >> 4 << 2) << (4 * t);
+                subs[byte(rows, row, t, i)] = s & 15 | m << 4;
+                subs[byte(rows, row, 2, i)] |= (s >> 4 | m >> 4 << 2) << (4 * t);
             }
             ScaleKind::Sub6 => {
-                scales[byte(rows, row, t / 2, i)] |= (s & 15) << (4 * (t % 2));
-                scales[byte(rows, row, 2, i)] |= s >> 4 << (2 * t);
+                subs[byte(rows, row, t / 2, i)] |= (s & 15) << (4 * (t % 2));
+                subs[byte(rows, row, 2, i)] |= s >> 4 << (2 * t);
             }
-            ScaleKind::Sub8 => scales[byte(rows, row, t, i)] = s,
+            ScaleKind::Sub8 => subs[byte(rows, row, t, i)] = s,
             _ => {}
         }
     }
-    let at = 4 * rows * kind.words();
     match kind {
         ScaleKind::None | ScaleKind::Tensor => {}
         ScaleKind::E8M0 => scales[row] = block.scale as u8,
         _ => {
-            scales[at + 2 * row..][..2].copy_from_slice(&block.scale.to_le_bytes());
+            scales[2 * row..][..2].copy_from_slice(&block.scale.to_le_bytes());
             if kind.has_min() {
-                scales[at + 2 * (rows + row)..][..2].copy_from_slice(&block.min.to_le_bytes());
+                scales[2 * (rows + row)..][..2].copy_from_slice(&block.min.to_le_bytes());
             }
         }
     }
 }
 
 /// A row's scales; `tensor` is the matrix's own.
-pub(super) fn get(form: PackedForm, scales: &[u8], row: usize, tensor: f32) -> RowScales {
+pub(super) fn get(form: PackedForm, subs: &[u8], scales: &[u8], row: usize, tensor: f32) -> RowScales {
     let (kind, rows) = (form.scale, form.tile_rows());
     let mut r = RowScales { d: tensor, min: 0.0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
     for j in 0..form.group as usize / kind.sub(form.group as usize) {
         let (t, i) = (j / 4, j % 4);
-        let at = |word: usize| scales[byte(rows, row, word, i)] as i32;
+        let at = |word: usize| subs[byte(rows, row, word, i)] as i32;
         (r.sub_scales[j], r.sub_mins[j]) = match kind {
             ScaleKind::Sub4Min => (at(t) & 15, at(t) >> 4),
             ScaleKind::Sub6Min => {
@@ -126,15 +130,14 @@ pub(super) fn get(form: PackedForm, scales: &[u8], row: usize, tensor: f32) -> R
         };
         r.sub_scales[j] -= kind.bias();
     }
-    let at = 4 * rows * kind.words();
     let half = |at: usize| f16_to_f32(u16::from_le_bytes([scales[at], scales[at + 1]]));
     match kind {
         ScaleKind::None | ScaleKind::Tensor => {}
         ScaleKind::E8M0 => r.d = e8m0_half(scales[row]),
         _ => {
-            r.d = half(at + 2 * row);
+            r.d = half(2 * row);
             if kind.has_min() {
-                r.min = half(at + 2 * (rows + row));
+                r.min = half(2 * (rows + row));
             }
         }
     }

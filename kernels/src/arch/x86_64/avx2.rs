@@ -566,8 +566,4 @@ impl Dot for Rows {
     unsafe fn store(a: __m256, to: *mut f32) {
         _mm256_storeu_ps(to, a);
     }
-    #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(from.cast());
-    }
 }

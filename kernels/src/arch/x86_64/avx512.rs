@@ -166,8 +166,4 @@ impl Dot for Rows {
     unsafe fn store(a: __m512, to: *mut f32) {
         _mm512_storeu_ps(to, a);
     }
-    #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(from.cast());
-    }
 }
