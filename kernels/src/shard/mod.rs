@@ -1,33 +1,27 @@
 //! A contiguous range of a model's layers: packed weights, KV cache and the forward pass.
 
+mod answers;
+mod rope;
+mod weights;
+
 use crate::attention::{attend, Past, Scratch};
-use crate::batch::{Batch, Entry, SampleParameters};
-use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle, TensorRef};
+use crate::batch::Batch;
+use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, BLOCK_TOKENS};
-use crate::mapping::ModelFile;
 use crate::matmul::{matmul, Activations};
 use crate::ops;
-use crate::pack::{dequantize, pack_as, PackedMatrix};
+use crate::pack::PackedMatrix;
 use crate::pool::Pool;
-use crate::sampling::{sample, Sampled};
+use crate::sampling::sample;
+use answers::{answers, needed_rows, result_bytes, sampled_bytes, write};
+use rope::RopeTable;
 use std::cell::RefCell;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-struct LayerWeights {
-    attn_norm: Vec<f32>,
-    q: PackedMatrix,
-    k: PackedMatrix,
-    v: PackedMatrix,
-    o: PackedMatrix,
-    ffn_norm: Vec<f32>,
-    gate: PackedMatrix,
-    up: PackedMatrix,
-    down: PackedMatrix,
-}
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use weights::{Head, Weights};
 
 /// An open shard. Forward passes take turns.
 pub struct Shard {
@@ -39,10 +33,7 @@ pub struct Shard {
     pass_bytes: usize,
     hyper: Hyper,
     max_batch: usize,
-    embedding: Option<Arc<PackedMatrix>>,
-    /// The final norm and the output matrix, which may be the embedding.
-    head: Option<(Vec<f32>, Arc<PackedMatrix>)>,
-    layers: Vec<LayerWeights>,
+    weights: Weights,
     state: Mutex<State>,
 }
 
@@ -66,34 +57,6 @@ struct Buffers {
     up: Vec<f32>,
     delta: Vec<f32>,
     logits: Vec<f32>,
-}
-
-/// Cosines and sines of the rotary embedding (arXiv:2104.09864), a row of `dims / 2` per position, grown as needed.
-struct RopeTable {
-    /// Radians per position, of every pair.
-    frequencies: Vec<f64>,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-}
-
-impl RopeTable {
-    fn new(base: f64, dims: usize) -> Self {
-        // `libm` gives the same bits on every platform; std's functions need not.
-        let frequencies = (0..dims / 2).map(|i| libm::pow(base, -2.0 * i as f64 / dims as f64)).collect();
-        Self { frequencies, cos: Vec::new(), sin: Vec::new() }
-    }
-    fn grow(&mut self, positions: usize) {
-        for pos in self.cos.len() / self.frequencies.len()..positions {
-            let angles = self.frequencies.iter().map(|f| pos as f64 * f);
-            self.cos.extend(angles.clone().map(|a| libm::cos(a) as f32));
-            self.sin.extend(angles.map(|a| libm::sin(a) as f32));
-        }
-    }
-    fn row(&self, pos: usize) -> (&[f32], &[f32]) {
-        let half = self.frequencies.len();
-        let range = pos * half..(pos + 1) * half;
-        (&self.cos[range.clone()], &self.sin[range])
-    }
 }
 
 /// What a shard tells of itself.
@@ -138,58 +101,18 @@ impl Shard {
     pub fn open(d: &Descriptor) -> Result<Self> {
         let ks = select(d.isa.as_deref())?;
         let pool = Pool::new(d.threads);
-        let file = ModelFile::open(&d.path)?;
-        let named = |t: &TensorRef, e: Error| Error::new(e.code, format!("tensor {}: {}", t.name, e.message));
-        let matrix = |t: &TensorRef| {
-            let ty = t.source_type()?;
-            pack_as(ks.form(ty), ty, file.tensor(t)?, t.shape[1], t.shape[0], &pool).map_err(|e| named(t, e))
-        };
-        let vector = |t: &TensorRef| {
-            let mut out = vec![0.0; t.shape[0]];
-            dequantize(t.source_type()?, file.tensor(t)?, &mut out).map_err(|e| named(t, e))?;
-            Ok::<_, Error>(out)
-        };
-        let embedding = d.embedding.as_ref().map(|t| matrix(t).map(Arc::new)).transpose()?;
-        let output = |t: &TensorRef| match (&embedding, &d.embedding) {
-            (Some(packed), Some(e)) if e.offset == t.offset && e.kind == t.kind && e.shape == t.shape => {
-                Ok(packed.clone())
-            }
-            _ => matrix(t).map(Arc::new),
-        };
-        let head = d.head.as_ref().map(|h| Ok::<_, Error>((vector(&h.norm)?, output(&h.output)?))).transpose()?;
-        let mut layers = Vec::with_capacity(d.layers.len());
-        for l in &d.layers {
-            layers.push(LayerWeights {
-                attn_norm: vector(&l.attn_norm)?,
-                q: matrix(&l.q)?,
-                k: matrix(&l.k)?,
-                v: matrix(&l.v)?,
-                o: matrix(&l.o)?,
-                ffn_norm: vector(&l.ffn_norm)?,
-                gate: matrix(&l.gate)?,
-                up: matrix(&l.up)?,
-                down: matrix(&l.down)?,
-            });
-        }
-        let matrices = |l: &LayerWeights| {
-            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|m| m.bytes()).sum::<usize>()
-                + 4 * (l.attn_norm.len() + l.ffn_norm.len())
-        };
-        let pass_bytes = layers.iter().map(matrices).sum::<usize>()
-            + head.as_ref().map_or(0, |(norm, output): &(Vec<f32>, Arc<PackedMatrix>)| 4 * norm.len() + output.bytes());
+        let weights = Weights::load(d, ks, &pool)?;
         let h = d.hyper.clone();
-        let kv = KvCache::new(d.kv.kind, d.kv.tokens, layers.len(), h.kv_heads, h.head_dim)?;
+        let kv = KvCache::new(d.kv.kind, d.kv.tokens, weights.layers.len(), h.kv_heads, h.head_dim)?;
         let rope = RopeTable::new(h.rope.base, h.rope.dims);
         Ok(Self {
             ks,
             pool,
             inline: Pool::new(1),
-            pass_bytes,
+            pass_bytes: weights.pass_bytes(),
             hyper: h,
             max_batch: d.max_batch,
-            embedding,
-            head,
-            layers,
+            weights,
             state: Mutex::new(State { kv, rope, act: Activations::new(), buffers: Buffers::default() }),
         })
     }
@@ -205,17 +128,13 @@ impl Shard {
     }
 
     pub fn stats(&self) -> Stats {
-        let (table, row) = self.embedding.as_ref().map_or((0, 0), |m| (m.bytes(), m.bytes() / m.rows.max(1)));
-        let tied = match (&self.embedding, &self.head) {
-            (Some(e), Some((_, output))) if Arc::ptr_eq(e, output) => table,
-            _ => 0,
-        };
+        let (table, row) = self.weights.table_bytes();
         let state = self.state();
         Stats {
             kv_blocks_total: state.kv.blocks_total(),
             kv_blocks_free: state.kv.blocks_free(),
             block_tokens: BLOCK_TOKENS,
-            weight_bytes: self.pass_bytes + table - tied,
+            weight_bytes: self.pass_bytes + table,
             sequences: state.kv.sequences(),
             weight_bytes_per_token: self.pass_bytes + row,
         }
@@ -229,11 +148,11 @@ impl Shard {
         let batch = Batch::parse(batch, h.vocab as u32, h.context as u32, self.max_batch)?;
         let tokens = batch.tokens.len();
         let states = tokens * h.embedding * 4;
-        let expected = if self.embedding.is_some() { 0 } else { states };
+        let expected = if self.weights.embedding.is_some() { 0 } else { states };
         if input.len() != expected {
             return Err(Error::argument(format!("input has {} bytes; {tokens} tokens take {expected}", input.len())));
         }
-        let needed = match &self.head {
+        let needed = match &self.weights.head {
             None => Some(states),
             Some(_) => batch.entries.iter().try_fold(0usize, |sum, e| sum.checked_add(result_bytes(e, h.vocab)?)),
         };
@@ -284,7 +203,7 @@ impl Shard {
             batch.entries.iter().map(|e| kv.get(e.seq).expect("extended before").blocks.clone()).collect();
 
         resize(&mut b.hidden, n * d);
-        match &self.embedding {
+        match &self.weights.embedding {
             Some(table) => {
                 let out = Shared(b.hidden.as_mut_ptr());
                 // SAFETY: row i is this part's own.
@@ -297,7 +216,7 @@ impl Shard {
             }
         }
 
-        for (index, layer) in self.layers.iter().enumerate() {
+        for (index, layer) in self.weights.layers.iter().enumerate() {
             if stop.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
                 return Err(Error::new(Error::STOPPED, "stopped"));
             }
@@ -333,7 +252,7 @@ impl Shard {
             }
 
             // The last layer's K and V are all that rows need of which nothing is asked.
-            if index + 1 == self.layers.len() && self.head.is_some() {
+            if index + 1 == self.weights.layers.len() && self.weights.head.is_some() {
                 let needed: Vec<usize> =
                     batch.entries.iter().flat_map(|e| e.first + e.count - needed_rows(e)..e.first + e.count).collect();
                 for (to, &from) in needed.iter().enumerate() {
@@ -386,14 +305,14 @@ impl Shard {
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
         }
 
-        match &self.head {
+        match &self.weights.head {
             None => {
                 for (bytes, x) in out.chunks_exact_mut(4).zip(&b.hidden[..n * d]) {
                     bytes.copy_from_slice(&x.to_le_bytes());
                 }
                 Ok(())
             }
-            Some((norm, output)) => self.results(pool, norm, output, kv, act, b, batch, out),
+            Some(head) => self.results(pool, head, kv, act, b, batch, out),
         }
     }
 
@@ -402,8 +321,7 @@ impl Shard {
     fn results(
         &self,
         pool: &Pool,
-        norm: &[f32],
-        output: &PackedMatrix,
+        head: &Head,
         kv: &KvCache,
         act: &mut Activations,
         b: &mut Buffers,
@@ -411,6 +329,7 @@ impl Shard {
         out: &mut [u8],
     ) -> Result<()> {
         let (ks, d, vocab) = (self.ks, self.hyper.embedding, self.hyper.vocab);
+        let Head { norm, output } = head;
         let rows = answers(batch, vocab);
         let failed = Mutex::new(None);
         let at_once = (LOGITS_BYTES / (4 * vocab)).max(1);
@@ -496,67 +415,5 @@ fn store(ks: &Kernels, kv: &mut KvCache, block: u32, layer: usize, head: usize, 
                 }
             }
         }
-    }
-}
-
-/// Rows of an entry, its last ones, whose logits are needed.
-fn needed_rows(entry: &Entry) -> usize {
-    match (entry.logits, &entry.sample) {
-        (true, _) => entry.count,
-        (false, Some(_)) => 1,
-        (false, None) => 0,
-    }
-}
-
-/// Bytes of a sampled token: id, log-probability, count of alternatives, and those.
-fn sampled_bytes(parameters: &SampleParameters, vocab: usize) -> usize {
-    12 + 8 * vocab.min(parameters.top.unwrap_or(0) as usize)
-}
-
-/// Bytes that answer an entry.
-fn result_bytes(entry: &Entry, vocab: usize) -> Option<usize> {
-    let logits = if entry.logits { entry.count.checked_mul(vocab)?.checked_mul(4)? } else { 0 };
-    logits.checked_add(entry.sample.as_ref().map_or(0, |p| sampled_bytes(p, vocab)))
-}
-
-/// What a row is for, and where in the output that goes.
-#[derive(Default, Clone, Copy)]
-struct Answer<'a> {
-    logits: Option<usize>,
-    /// Place, sequence, parameters.
-    sample: Option<(usize, u32, &'a SampleParameters)>,
-}
-
-/// The needed rows in order. The output holds the sampled tokens of all entries, then the logits of all.
-fn answers(batch: &Batch, vocab: usize) -> Vec<Answer<'_>> {
-    let mut rows: Vec<Answer<'_>> = Vec::new();
-    let mut at = 0;
-    for entry in &batch.entries {
-        rows.resize(rows.len() + needed_rows(entry), Answer::default());
-        if let Some(parameters) = &entry.sample {
-            rows.last_mut().expect("a sampled entry needs its last row").sample = Some((at, entry.seq, parameters));
-            at += sampled_bytes(parameters, vocab);
-        }
-    }
-    let mut row = 0;
-    for entry in &batch.entries {
-        let needed = needed_rows(entry);
-        if entry.logits {
-            for answer in &mut rows[row..row + needed] {
-                answer.logits = Some(at);
-                at += 4 * vocab;
-            }
-        }
-        row += needed;
-    }
-    rows
-}
-
-/// Writes a sampled token into `out`, which is `sampled_bytes` long.
-fn write(sampled: &Sampled, out: &mut [u8]) {
-    let token = |t: &crate::sampling::TokenLogprob| [t.id, t.logprob.to_bits()];
-    let words = token(&sampled.token).into_iter().chain([sampled.top.len() as u32]);
-    for (bytes, word) in out.chunks_exact_mut(4).zip(words.chain(sampled.top.iter().flat_map(token))) {
-        bytes.copy_from_slice(&word.to_le_bytes());
     }
 }

@@ -1,0 +1,113 @@
+//! A shard's packed weights, as read from the model file.
+
+use crate::descriptor::{self, Descriptor, TensorRef};
+use crate::dispatch::Kernels;
+use crate::error::{Error, Result};
+use crate::mapping::ModelFile;
+use crate::pack::{dequantize, pack_as, PackedMatrix};
+use crate::pool::Pool;
+use std::sync::Arc;
+
+/// All that a shard holds of the model.
+pub(super) struct Weights {
+    pub embedding: Option<Arc<PackedMatrix>>,
+    pub head: Option<Head>,
+    pub layers: Vec<Layer>,
+}
+
+/// What makes logits of the last hidden state.
+pub(super) struct Head {
+    pub norm: Vec<f32>,
+    /// May be the embedding.
+    pub output: Arc<PackedMatrix>,
+}
+
+pub(super) struct Layer {
+    pub attn_norm: Vec<f32>,
+    pub q: PackedMatrix,
+    pub k: PackedMatrix,
+    pub v: PackedMatrix,
+    pub o: PackedMatrix,
+    pub ffn_norm: Vec<f32>,
+    pub gate: PackedMatrix,
+    pub up: PackedMatrix,
+    pub down: PackedMatrix,
+}
+
+/// Where tensors come from and what packs them.
+struct Loader<'a> {
+    file: ModelFile,
+    ks: &'a Kernels,
+    pool: &'a Pool,
+}
+
+impl Loader<'_> {
+    fn matrix(&self, t: &TensorRef) -> Result<PackedMatrix> {
+        let ty = t.source_type()?;
+        pack_as(self.ks.form(ty), ty, self.file.tensor(t)?, t.shape[1], t.shape[0], self.pool).map_err(|e| named(t, e))
+    }
+
+    fn vector(&self, t: &TensorRef) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; t.shape[0]];
+        dequantize(t.source_type()?, self.file.tensor(t)?, &mut out).map_err(|e| named(t, e))?;
+        Ok(out)
+    }
+
+    fn layer(&self, l: &descriptor::Layer) -> Result<Layer> {
+        Ok(Layer {
+            attn_norm: self.vector(&l.attn_norm)?,
+            q: self.matrix(&l.q)?,
+            k: self.matrix(&l.k)?,
+            v: self.matrix(&l.v)?,
+            o: self.matrix(&l.o)?,
+            ffn_norm: self.vector(&l.ffn_norm)?,
+            gate: self.matrix(&l.gate)?,
+            up: self.matrix(&l.up)?,
+            down: self.matrix(&l.down)?,
+        })
+    }
+}
+
+fn named(t: &TensorRef, e: Error) -> Error {
+    Error::new(e.code, format!("tensor {}: {}", t.name, e.message))
+}
+
+impl Weights {
+    /// Maps the file and packs the shard's tensors.
+    pub fn load(d: &Descriptor, ks: &Kernels, pool: &Pool) -> Result<Self> {
+        let loader = Loader { file: ModelFile::open(&d.path)?, ks, pool };
+        let embedding = d.embedding.as_ref().map(|t| loader.matrix(t).map(Arc::new)).transpose()?;
+        let output = |t: &TensorRef| match (&embedding, &d.embedding) {
+            (Some(packed), Some(e)) if e.offset == t.offset && e.kind == t.kind && e.shape == t.shape => {
+                Ok(packed.clone())
+            }
+            _ => loader.matrix(t).map(Arc::new),
+        };
+        let head = match &d.head {
+            Some(h) => Some(Head { norm: loader.vector(&h.norm)?, output: output(&h.output)? }),
+            None => None,
+        };
+        let layers = d.layers.iter().map(|l| loader.layer(l)).collect::<Result<_>>()?;
+        Ok(Self { embedding, head, layers })
+    }
+
+    /// Bytes that a pass over one token reads, the embedding's row aside.
+    pub fn pass_bytes(&self) -> usize {
+        let head = self.head.as_ref().map_or(0, |h| 4 * h.norm.len() + h.output.bytes());
+        self.layers.iter().map(Layer::bytes).sum::<usize>() + head
+    }
+
+    /// Bytes of the embedding that are not the head's too, and of one of its rows.
+    pub fn table_bytes(&self) -> (usize, usize) {
+        let Some(table) = &self.embedding else { return (0, 0) };
+        let tied = self.head.as_ref().is_some_and(|h| Arc::ptr_eq(&h.output, table));
+        (if tied { 0 } else { table.bytes() }, table.bytes() / table.rows.max(1))
+    }
+}
+
+impl Layer {
+    fn bytes(&self) -> usize {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down].iter().map(|m| m.bytes()).sum::<usize>()
+            + 4 * (self.attn_norm.len() + self.ffn_norm.len())
+    }
+}
