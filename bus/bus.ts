@@ -34,6 +34,9 @@ export interface RequestOptions {
   signal?: AbortSignal;
 }
 
+/** Whether the transport reaches the others. Within a process it always does. */
+export type BusState = "connected" | "disconnected";
+
 /**
  * Publish/subscribe with NATS semantics: subjects of dot-separated tokens, `*` matches one token and a final `>` the
  * rest. Delivery is asynchronous and at most once. Messages of one publisher arrive in the order they were published.
@@ -58,8 +61,19 @@ export interface Bus {
    * @throws {RequestTimeoutError} when no answer comes in time.
    */
   request(subject: string, data: Uint8Array, options?: RequestOptions): Promise<BusMessage>;
-  /** Resolves when all that was published before has reached the transport (in process: the handlers). */
+  /**
+   * Resolves when all that was published before has reached the transport (in process: the handlers).
+   *
+   * @throws {BusError} when the connection is lost meanwhile.
+   */
   flush(): Promise<void>;
+  /** Whether it reaches the others now. */
+  readonly state: BusState;
+  /**
+   * Tells when the connection is lost and when it is there again. Messages published or on their way in between are lost;
+   * subscriptions live on.
+   */
+  watch(handler: (state: BusState) => void): Subscription;
   /** Ends all subscriptions and rejects pending requests. */
   close(): Promise<void>;
 }

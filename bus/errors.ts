@@ -8,6 +8,11 @@ export class BusClosedError extends BusError {
   override name = "BusClosedError";
 }
 
+/** The server cannot be reached, or refuses; the message says which. */
+export class BusConnectError extends BusError {
+  override name = "BusConnectError";
+}
+
 /** A message is larger than the transport takes. */
 export class PayloadTooLargeError extends BusError {
   override name = "PayloadTooLargeError";

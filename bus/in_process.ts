@@ -1,5 +1,5 @@
 import { clearImmediate, setImmediate } from "node:timers";
-import type { Bus, BusMessage, PublishOptions, RequestOptions, Subscription } from "./bus.ts";
+import type { Bus, BusMessage, BusState, PublishOptions, RequestOptions, Subscription } from "./bus.ts";
 import { BusClosedError, NoRespondersError, PayloadTooLargeError, RequestTimeoutError } from "./errors.ts";
 import { checkSubject, subjectMatcher } from "./subject.ts";
 
@@ -107,6 +107,16 @@ export class InProcessBus implements Bus {
         fail(error);
       }
     });
+  }
+
+  get state(): BusState {
+    return "connected";
+  }
+
+  /** Calls nobody: the connection is never lost. */
+  watch(): Subscription {
+    this.#checkOpen();
+    return { unsubscribe: () => {} };
   }
 
   flush(): Promise<void> {

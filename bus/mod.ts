@@ -1,7 +1,7 @@
 /**
  * The bus: the only way between orchestrator and workers, on one machine too.
  *
- * Here live the {@linkcode Bus} interface with its in-process transport, the binary form of what travels on it every
+ * Here live the {@linkcode Bus} interface with its two transports, in-process and NATS, the binary form of what travels on it every
  * token (`wire.ts`, `batch.ts`) and the JSON form of what travels rarely (`control.ts`). Nothing here knows models,
  * kernels or HTTP. Bytes come in from publishers, are copied, and go to subscribers; everything that is decoded is
  * validated first, since a message may come from a broken or foreign peer.
@@ -13,5 +13,7 @@ export * from "./bus.ts";
 export * from "./control.ts";
 export * from "./errors.ts";
 export * from "./in_process.ts";
+export * from "./nats.ts";
+export * from "./nats_server.ts";
 export * from "./subject.ts";
 export * from "./wire.ts";

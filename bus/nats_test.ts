@@ -1,0 +1,248 @@
+import assert from "node:assert/strict";
+import { createConnection, createServer } from "node:net";
+import type { Socket } from "node:net";
+import { join } from "node:path";
+import { busConformance } from "../tests/bus_conformance.ts";
+import { repoPath } from "../tests/data.ts";
+import { nats } from "../tests/nats.ts";
+import { BusConnectError, BusError } from "./errors.ts";
+import type { BusState } from "./bus.ts";
+import { NatsBus } from "./nats.ts";
+import { NatsServer, NatsServerError } from "./nats_server.ts";
+
+/** A server of its own for every bus, stopped with it. */
+busConformance("NatsBus", {
+  ignore: nats.absent,
+  async open(options) {
+    const server = await nats.start();
+    const bus = await NatsBus.connect({ servers: server.url, ...options });
+    const close = bus.close.bind(bus);
+    bus.close = async () => {
+      await close();
+      await server.stop();
+    };
+    return bus;
+  },
+});
+
+function test(name: string, fn: () => Promise<void>): void {
+  Deno.test({ name: `NatsBus: ${name}`, ignore: nats.absent, fn });
+}
+
+const quiet = { onError: () => {} };
+
+/** Resolves when the bus is in `state`. */
+function reached(bus: NatsBus, state: BusState): Promise<void> {
+  if (bus.state === state) return Promise.resolve();
+  return new Promise((resolve) => {
+    const watching = bus.watch((now) => {
+      if (now !== state) return;
+      watching.unsubscribe();
+      resolve();
+    });
+  });
+}
+
+test("messages go from one connection to another", async () => {
+  await using server = await nats.start();
+  const a = await NatsBus.connect({ servers: server.url });
+  const b = await NatsBus.connect({ servers: server.url });
+  b.subscribe("echo", (m) => m.respond(m.data));
+  await b.flush();
+  assert.deepEqual([...(await a.request("echo", Uint8Array.of(1, 2, 3))).data], [1, 2, 3]);
+  await b.close();
+  await assert.rejects(a.request("echo", Uint8Array.of(1)), /nobody answers/);
+  await a.close();
+});
+
+test("after a restart of the server it is there again with its subscriptions, and says so", async () => {
+  const first = await nats.start();
+  const bus = await NatsBus.connect({ servers: first.url, ...quiet });
+  const states: BusState[] = [];
+  bus.watch((state) => states.push(state));
+  const seen: number[] = [];
+  bus.subscribe("a", (m) => seen.push(m.data[0]!));
+  bus.publish("a", Uint8Array.of(1));
+  await bus.flush();
+  first.kill("SIGKILL");
+  await reached(bus, "disconnected");
+  await first.stop();
+  bus.publish("a", Uint8Array.of(2)); // lost or not: nobody may rely on it
+  await assert.rejects(bus.request("a", Uint8Array.of(3), { timeoutMs: 50 }));
+  await using _second = await nats.start({ port: first.port });
+  await reached(bus, "connected");
+  await bus.flush();
+  bus.publish("a", Uint8Array.of(4));
+  await bus.flush();
+  assert.equal(seen[0], 1);
+  assert.equal(seen.at(-1), 4);
+  assert.deepEqual(states, ["disconnected", "connected"]);
+  await bus.close();
+});
+
+test("flush fails when the connection is lost under it; close while disconnected ends", async () => {
+  const server = await nats.start();
+  const bus = await NatsBus.connect({ servers: server.url, ...quiet });
+  server.kill("SIGSTOP");
+  const flushed = assert.rejects(bus.flush(), BusError);
+  server.kill("SIGKILL");
+  await flushed;
+  await server.stop();
+  await bus.close();
+});
+
+test("a server that falls silent counts as lost, and is found again", async () => {
+  await using server = await nats.start();
+  const bus = await NatsBus.connect({ servers: server.url, pingIntervalMs: 100, ...quiet });
+  server.kill("SIGSTOP");
+  await reached(bus, "disconnected");
+  server.kill("SIGCONT");
+  await reached(bus, "connected");
+  await bus.close();
+});
+
+test("token and password are asked for; a refusal tells so", async () => {
+  const refused = async (servers: string, options: object = {}) =>
+    await assert.rejects(NatsBus.connect({ servers, ...options, ...quiet }), (error: Error) => {
+      assert(error instanceof BusConnectError);
+      assert.match(error.message, /refuses these credentials/);
+      assert.doesNotMatch(error.message, /s3cret|wrong/);
+      return true;
+    });
+  {
+    await using server = await nats.start({ token: "s3cret/@:" });
+    const plain = `nats://127.0.0.1:${server.port}`;
+    for (const options of [{ servers: server.url }, { servers: plain, token: "s3cret/@:" }]) {
+      await (await NatsBus.connect(options)).close();
+    }
+    await refused(plain);
+    await refused(plain, { token: "wrong" });
+  }
+  await using server = await nats.start({ config: `authorization { user: lutra, password: "s3cret" }` });
+  await (await NatsBus.connect({ servers: `nats://lutra:s3cret@127.0.0.1:${server.port}` })).close();
+  await (await NatsBus.connect({ servers: server.url, user: "lutra", password: "s3cret" })).close();
+  await refused(`nats://lutra:wrong@127.0.0.1:${server.port}`);
+});
+
+test("an nkey is proved by its signature", async () => {
+  const { nkeys } = await import("@nats-io/transport-node");
+  const pair = nkeys.createUser();
+  const seed = new TextDecoder().decode(pair.getSeed());
+  await using server = await nats.start({ config: `authorization { users: [{ nkey: ${pair.getPublicKey()} }] }` });
+  await (await NatsBus.connect({ servers: server.url, nkeySeed: `${seed}\n` })).close();
+  const other = new TextDecoder().decode(nkeys.createUser().getSeed());
+  await assert.rejects(NatsBus.connect({ servers: server.url, nkeySeed: other, ...quiet }), BusConnectError);
+});
+
+test("TLS checks the server's certificate, mutual TLS the client's", async () => {
+  const folder = await Deno.makeTempDir();
+  try {
+    const file = (name: string) => join(folder, name);
+    const openssl = async (...args: string[]) => {
+      const { success, stderr } = await new Deno.Command("openssl", { args, cwd: folder }).output();
+      assert(success, new TextDecoder().decode(stderr));
+    };
+    const key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"];
+    await openssl("req", "-x509", ...key, "-subj", "/CN=test-ca", "-keyout", "ca.key", "-out", "ca.pem");
+    for (const name of ["server", "client"]) {
+      await Deno.writeTextFile(file("san.cnf"), "subjectAltName=DNS:localhost,IP:127.0.0.1\n");
+      await openssl("req", ...key, "-subj", `/CN=${name}`, "-keyout", `${name}.key`, "-out", `${name}.csr`);
+      const signing = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "san.cnf"];
+      await openssl("x509", "-req", "-in", `${name}.csr`, ...signing, "-out", `${name}.pem`);
+    }
+    const read = (name: string) => Deno.readTextFile(file(name));
+    const ca = await read("ca.pem");
+    const own = { cert: await read("client.pem"), key: await read("client.key") };
+    for (const mutual of [false, true]) {
+      const files = `cert_file: "${file("server.pem")}", key_file: "${file("server.key")}"`;
+      const verify = mutual ? `, ca_file: "${file("ca.pem")}", verify: true` : "";
+      await using server = await nats.start({ config: `tls { ${files}${verify} }` });
+      const servers = `tls://localhost:${server.port}`;
+      await (await NatsBus.connect({ servers, tls: mutual ? { ca, ...own } : { ca } })).close();
+      await assert.rejects(NatsBus.connect({ servers, ...quiet }), { name: "BusConnectError", message: /secure/ });
+      if (mutual) {
+        // The refusal comes after the handshake, when the client has nobody listen to its socket: it may end the process.
+        const code = `import { NatsBus } from "./bus/nats.ts";
+          const bus = await NatsBus.connect(${JSON.stringify({ servers, tls: { ca }, timeoutMs: 500 })});
+          console.log("accepted"); await bus.close();`;
+        const args = ["eval", "-q", code];
+        const { success, stdout } = await new Deno.Command(Deno.execPath(), { args, cwd: repoPath() }).output();
+        assert(!success && stdout.length === 0, "a client without a certificate was accepted");
+      }
+    }
+    await using plain = await nats.start();
+    await assert.rejects(NatsBus.connect({ servers: `tls://localhost:${plain.port}`, ...quiet }), {
+      message: /does not offer TLS/,
+    });
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+});
+
+test("no server, a foreign server and a malformed address are told apart from trouble later", async () => {
+  const foreign = createServer((socket: Socket) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
+  const port = await new Promise<number>((resolve) =>
+    foreign.listen(0, "127.0.0.1", () => resolve((foreign.address() as { port: number }).port))
+  );
+  await assert.rejects(NatsBus.connect({ servers: `127.0.0.1:${port}`, ...quiet }), BusConnectError);
+  await new Promise((resolve) => foreign.close(resolve));
+  await assert.rejects(NatsBus.connect({ servers: `nats://127.0.0.1:${port}` }), {
+    name: "BusConnectError",
+    message: /no NATS server answers at 127\.0\.0\.1:\d+/,
+  });
+  for (const servers of ["http://127.0.0.1:4222", "nats://", "nats://a b"]) {
+    await assert.rejects(NatsBus.connect({ servers }), { name: "BusConnectError", message: /no address/ });
+  }
+});
+
+test("a cut in the midst of a message breaks the connection, not the bus", async () => {
+  await using server = await nats.start();
+  // A relay that lets some bytes through and then hangs up.
+  let budget = 200_000;
+  const relay = createServer((inner: Socket) => {
+    const outer = createConnection(server.port, "127.0.0.1");
+    inner.pipe(outer);
+    outer.on("data", (chunk) => {
+      inner.write(chunk.subarray(0, Math.max(0, budget)));
+      budget -= chunk.length;
+      if (budget <= 0) {
+        budget = Infinity;
+        inner.destroy();
+        outer.destroy();
+      }
+    });
+    for (const socket of [inner, outer]) socket.on("error", () => {});
+    inner.on("close", () => outer.destroy());
+    outer.on("close", () => inner.destroy());
+  });
+  const port = await new Promise<number>((resolve) =>
+    relay.listen(0, "127.0.0.1", () => resolve((relay.address() as { port: number }).port))
+  );
+  const bus = await NatsBus.connect({ servers: `127.0.0.1:${port}`, ...quiet });
+  const seen: number[] = [];
+  bus.subscribe("a", (m) => {
+    assert.equal(m.data.length, 50_000);
+    seen.push(m.data[0]!);
+  });
+  for (let i = 0; i < 6; i++) bus.publish("a", new Uint8Array(50_000).fill(i));
+  await reached(bus, "disconnected");
+  await reached(bus, "connected");
+  bus.publish("a", new Uint8Array(50_000).fill(9));
+  await bus.flush();
+  assert.deepEqual(seen.slice(0, 3), [0, 1, 2]);
+  assert.equal(seen.at(-1), 9);
+  assert(seen.length < 7, "the relay cut nothing");
+  await bus.close();
+  await new Promise((resolve) => relay.close(resolve));
+});
+
+Deno.test({
+  name: "NatsServer: a port in use and a wrong configuration are told",
+  ignore: nats.absent,
+  async fn() {
+    await using server = await nats.start();
+    await assert.rejects(nats.start({ port: server.port }), { name: "NatsServerError", message: /in use/ });
+    await assert.rejects(nats.start({ config: "nonsense {" }), NatsServerError);
+    await assert.rejects(NatsServer.start({ path: "/nowhere/nats-server" }), NatsServerError);
+  },
+});
