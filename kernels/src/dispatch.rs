@@ -34,18 +34,28 @@ impl fmt::Display for Isa {
     }
 }
 
+/// A kernel for the tiles of a form; a form may have several. All give the same bits: which is used is a matter of speed.
+#[derive(Clone, Copy, Debug)]
+pub struct Variant {
+    /// Unique among the form's kernels; what reports and the tuner's store call it by.
+    pub name: &'static str,
+    pub(crate) tile: TileKernel,
+    /// Rows of activations to give it at once that are worth trying, the usual number first, which is the most.
+    pub(crate) widths: &'static [usize],
+    /// Whether it reads lookup tables (`quantize::Table`).
+    pub(crate) tables: bool,
+}
+
 /// The kernels of one instruction set.
 ///
 /// The pointers are unsafe functions that may need the instruction set: a `Kernels` outside `arch` is only had from
 /// `available()` or `select()`, which have checked that the machine has it.
 pub struct Kernels {
     pub isa: Isa,
-    /// The kernel for a tile of this form.
-    pub(crate) tile: fn(PackedForm) -> TileKernel,
+    /// The set's own kernels for tiles of this form, the usual one first.
+    pub(crate) variants: fn(PackedForm) -> &'static [Variant],
     /// The form that is best for a type as far as is known without measuring.
     pub(crate) preferred: fn(SourceType) -> PackedForm,
-    /// Whether that kernel reads lookup tables (`quantize::Table`).
-    pub(crate) wants_tables: fn(PackedForm) -> bool,
     /// `quantize::quantize_portable`, with the requirements on lengths stated there.
     pub(crate) quantize: Quantize,
     /// `quantize::build_tables_portable`.
@@ -69,7 +79,15 @@ impl Kernels {
 
     /// Whether these kernels have one of their own for the form, rather than portable's.
     pub fn has_kernel(&self, form: PackedForm) -> bool {
-        self.isa == Isa::Portable || !std::ptr::fn_addr_eq((self.tile)(form), arch::portable::tile(form))
+        !(self.variants)(form).is_empty()
+    }
+
+    /// The kernels for tiles of this form, the usual one first; portable's where the set has none of its own.
+    pub fn variants(&self, form: PackedForm) -> &'static [Variant] {
+        match (self.variants)(form) {
+            [] => arch::portable::variants(form),
+            own => own,
+        }
     }
 }
 

@@ -31,8 +31,8 @@ pub mod mapping;
 pub mod sampling;
 pub mod shard;
 
-pub use dispatch::{available, select, Isa, Kernels};
+pub use dispatch::{available, select, Isa, Kernels, Variant};
 pub use error::{Error, Result};
-pub use matmul::{matmul, Activations};
+pub use matmul::{matmul, matmul_by, Activations, Plan};
 pub use pack::{dequantize, pack, pack_as, PackedForm, PackedMatrix, SourceType};
 pub use pool::Pool;

@@ -5,7 +5,7 @@
 //! by fma in order, combined as (a0 + a1) + (a2 + a3).
 
 use crate::arch::vector::Vector;
-use crate::dispatch::Kernels;
+use crate::dispatch::{Kernels, Variant};
 use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILE};
 use crate::pool::Pool;
 use crate::quantize::Table;
@@ -13,8 +13,32 @@ use crate::quantize::Table;
 /// Activation rows that a tile kernel takes at once.
 pub(crate) const BATCH: usize = 8;
 
-/// Prepared activations that should stay in a core's L2 cache while weights pass by.
-const BLOCK_BYTES: usize = 256 << 10;
+/// How a product runs: of consequence for its speed alone. The default is the rule where nothing was measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Which of `Kernels::variants` of the form.
+    pub variant: usize,
+    /// The most activation rows given to the kernel at once; more than the kernel takes counts as what it takes.
+    pub width: usize,
+    /// Bytes of prepared activations that meet all tiles before the next do: what should stay in a core's L2 cache while
+    /// weights pass by.
+    pub block_bytes: usize,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Plan { variant: 0, width: usize::MAX, block_bytes: 256 << 10 }
+    }
+}
+
+impl Plan {
+    /// Panics if `ks` has no such variant.
+    fn variant(self, ks: &Kernels, form: PackedForm) -> &'static Variant {
+        ks.variants(form)
+            .get(self.variant)
+            .unwrap_or_else(|| panic!("{ks:?} has no variant {} of {form:?}", self.variant))
+    }
+}
 
 /// What a tile kernel reads. `codes`, `scales`, `sums` and `tables` are of the form's `act_group`, row-major, and hold at
 /// least `first + count` rows of `k` (their lengths are checked in `matmul`).
@@ -99,21 +123,34 @@ impl Activations {
         Self::default()
     }
 
-    /// Prepares `x` (n × k, row-major) for products with weights of `forms`; several matrices share one call. `k` must be
-    /// whole groups of every form.
+    /// `prepare_for` products by the default plan.
     pub fn prepare(&mut self, ks: &Kernels, x: &[f32], n: usize, k: usize, forms: &[PackedForm], pool: &Pool) {
+        self.prepare_for(ks, x, n, k, forms.iter().map(|&form| (form, Plan::default())), pool);
+    }
+
+    /// Prepares `x` (n × k, row-major) for products with weights of these forms by these plans; several matrices share one
+    /// call. `k` must be whole groups of every form.
+    pub fn prepare_for(
+        &mut self,
+        ks: &Kernels,
+        x: &[f32],
+        n: usize,
+        k: usize,
+        products: impl Iterator<Item = (PackedForm, Plan)> + Clone,
+        pool: &Pool,
+    ) {
         assert!(n > 0 && k > 0 && n.checked_mul(k) == Some(x.len()), "prepare: {n} × {k} is not {}", x.len());
         (self.n, self.k) = (n, k);
-        self.has_floats = forms.iter().any(|form| form.act_group() == 0);
+        self.has_floats = products.clone().any(|(form, _)| form.act_group() == 0);
         if self.has_floats {
             self.x.clear();
             self.x.extend_from_slice(x);
         }
         self.quantized.iter_mut().for_each(|q| q.current = false);
-        for form in forms.iter().filter(|form| form.act_group() != 0) {
+        for (form, plan) in products.filter(|(form, _)| form.act_group() != 0) {
             let group = form.act_group();
             assert!(k % group == 0, "prepare: rows of {k} are not groups of {group}");
-            let tables = (ks.wants_tables)(*form);
+            let tables = plan.variant(ks, form).tables;
             let at = self.quantized.iter().position(|q| q.group == group).unwrap_or_else(|| {
                 self.quantized.push(Quantized::new(group));
                 self.quantized.len() - 1
@@ -185,14 +222,30 @@ impl Quantized {
     }
 }
 
-/// `y[i·y_stride + row] = Σ_k w[row, k]·x[i, k]` for every row of `act` and of `w`; `y_stride ≥ w.rows`.
-///
-/// Panics if `act` was not prepared for `w`'s form and columns by the same kernels, or if `y` is too short.
+/// `matmul_by` the default plan.
 pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], y_stride: usize, pool: &Pool) {
+    matmul_by(Plan::default(), ks, w, act, y, y_stride, pool);
+}
+
+/// `y[i·y_stride + row] = Σ_k w[row, k]·x[i, k]` for every row of `act` and of `w`; `y_stride ≥ w.rows`. Every plan gives the
+/// same bits.
+///
+/// Panics if `act` was not prepared for `w`'s form and columns by the same kernels and plan, if `ks` has no such plan, or if
+/// `y` is too short.
+pub fn matmul_by(
+    plan: Plan,
+    ks: &Kernels,
+    w: &PackedMatrix,
+    act: &Activations,
+    y: &mut [f32],
+    y_stride: usize,
+    pool: &Pool,
+) {
     let (form, n, k) = (w.form, act.n, act.k);
     assert!(n > 0 && k == w.cols, "matmul: activations of {k} for {w:?}");
     let needed = (n - 1).checked_mul(y_stride).and_then(|before| before.checked_add(w.rows));
     assert!(y_stride >= w.rows && needed.is_some_and(|needed| needed <= y.len()), "matmul: output is too short");
+    let variant = plan.variant(ks, form);
     let mut args = TileArgs {
         form,
         tile: &[],
@@ -222,17 +275,17 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
             16 => &prepared.sums16[..n * (k / 16)],
             _ => &prepared.sums32[..n * (k / 32)],
         };
-        if (ks.wants_tables)(form) {
+        if variant.tables {
             assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
             args.tables = &prepared.tables[..n * (k / 4)];
         }
     }
-    let kernel = (ks.tile)(form);
+    let (kernel, width) = (variant.tile, plan.width.clamp(1, variant.widths[0]));
     let tile_rows = form.tile_rows();
     let y = Shared(y.as_mut_ptr());
     // Blocks of activations that stay in cache meet all tiles; a tile stays in cache while it meets the block.
     let per_row = k * if form.act_group() == 0 { 4 } else { 1 } + args.tables.len() / n * size_of::<Table>();
-    let block = (BLOCK_BYTES / per_row).max(1).next_multiple_of(BATCH);
+    let block = (plan.block_bytes / per_row).clamp(1, n).next_multiple_of(width);
     for start in (0..n).step_by(block) {
         let rows_end = n.min(start + block);
         pool.run(w.tiles(), &|index| {
@@ -240,9 +293,9 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
             let rows = tile_rows.min(w.rows - row);
             let mut args = TileArgs { tile: w.tile(index), ..args };
             let mut out: TileOut = [[0.0; MAX_TILE]; BATCH];
-            for first in (start..rows_end).step_by(BATCH) {
+            for first in (start..rows_end).step_by(width) {
                 args.first = first;
-                args.count = BATCH.min(rows_end - first);
+                args.count = width.min(rows_end - first);
                 // SAFETY: `ks` is usable on this machine and `kernel` is its kernel for the form; the slices were cut above.
                 unsafe { kernel(&args, &mut out) };
                 for (j, sums) in out.iter().enumerate().take(args.count) {

@@ -469,7 +469,7 @@ macro_rules! batched {
 }
 pub(crate) use batched;
 
-/// Defines `fn dot_tile(PackedForm) -> Option<TileKernel>` of a `Dot` type: every form's kernel, compiled with the features.
+/// Defines `fn dot_variants(PackedForm) -> &'static [Variant]` of a `Dot` type: every form's kernels, compiled with the features.
 macro_rules! dot_kernels {
     ($set:ty, $features:literal, $trits:pat) => {
         use $set as Set;
@@ -498,33 +498,35 @@ macro_rules! dot_kernels {
             $crate::arch::dot::batched!(args, out, trits);
         }
 
-        /// The kernel for a form of fields or trits, if there is one.
-        fn dot_tile(form: PackedForm) -> Option<TileKernel> {
+        /// The kernels for a form of fields or trits.
+        fn dot_variants(form: PackedForm) -> &'static [Variant] {
             use $crate::arch::dot::{E8M0, F16, F16_MIN, IQ4_NL, MXFP4, SUB4_MIN, SUB6, SUB6_MIN, SUB8, TENSOR};
             use $crate::pack::{Codes, ScaleKind as S, Values};
-            let kernel: TileKernel = match (form.codes, form.values, form.scale, form.group) {
-                (Codes::Fields(1), Values::Offset(_), S::F16Min, _) => flat::<1, F16_MIN, 0>,
-                (Codes::Fields(2), Values::Offset(_), S::F16, _) => flat::<2, F16, 0>,
-                (Codes::Fields(2), Values::Offset(_), S::Tensor, _) => flat::<2, TENSOR, 0>,
-                (Codes::Fields(2), Values::Offset(_), S::F16Min, _) => flat::<2, F16_MIN, 0>,
-                (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => nested::<2, SUB4_MIN>,
-                (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => flat::<3, F16_MIN, 0>,
-                (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => nested::<3, SUB6>,
-                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => flat::<4, F16, 1>,
-                (Codes::Fields(4), Values::Offset(_), S::F16, _) => flat::<4, F16, 0>,
-                (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => flat::<4, F16_MIN, 0>,
-                (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => nested::<4, SUB6_MIN>,
-                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => flat::<IQ4_NL, F16, 1>,
-                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => flat::<MXFP4, E8M0, 1>,
-                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => flat::<5, F16, 1>,
-                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => flat::<5, F16_MIN, 1>,
-                (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => nested::<5, SUB6_MIN>,
-                (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => nested::<6, SUB8>,
-                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => flat::<8, F16, 1>,
-                ($trits, Values::Offset(_), S::F16, _) => trits,
-                _ => return None,
-            };
-            Some(kernel)
+            const fn dot(tile: TileKernel) -> Variant {
+                Variant { name: "dot", tile, widths: &[8, 4, 2, 1], tables: false }
+            }
+            match (form.codes, form.values, form.scale, form.group) {
+                (Codes::Fields(1), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<1, F16_MIN, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F16, _) => const { &[dot(flat::<2, F16, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::Tensor, _) => const { &[dot(flat::<2, TENSOR, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<2, F16_MIN, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[dot(nested::<2, SUB4_MIN>)] },
+                (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<3, F16_MIN, 0>)] },
+                (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[dot(nested::<3, SUB6>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<4, F16, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[dot(flat::<4, F16, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<4, F16_MIN, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<4, SUB6_MIN>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[dot(flat::<IQ4_NL, F16, 1>)] },
+                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[dot(flat::<MXFP4, E8M0, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<5, F16, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[dot(flat::<5, F16_MIN, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<5, SUB6_MIN>)] },
+                (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[dot(nested::<6, SUB8>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<8, F16, 1>)] },
+                ($trits, Values::Offset(_), S::F16, _) => const { &[dot(trits)] },
+                _ => &[],
+            }
         }
     };
 }

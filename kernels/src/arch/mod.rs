@@ -14,8 +14,32 @@ pub(crate) mod x86_64;
 mod tests {
     //! Forms that no source type of today packs into; `tests/numerics` has the others.
 
-    use crate::pack::{Codes, PackedForm, PackedMatrix, ScaleKind, Values};
-    use crate::{available, matmul, Activations, Pool};
+    use crate::matmul::BATCH;
+    use crate::pack::{Codes, PackedForm, PackedMatrix, ScaleKind, SourceType, Values};
+    use crate::{available, matmul_by, Activations, Plan, Pool};
+
+    #[test]
+    fn variants_are_what_the_registry_says() {
+        for ty in SourceType::ALL {
+            for (form, ks) in PackedForm::candidates(ty)
+                .into_iter()
+                .flat_map(|form| available().into_iter().map(move |ks| (form, ks)))
+            {
+                let variants = ks.variants(form);
+                assert!(!variants.is_empty(), "{} {form:?}", ks.isa);
+                for (i, variant) in variants.iter().enumerate() {
+                    let widths = variant.widths;
+                    let sorted = widths.windows(2).all(|two| two[0] > two[1]);
+                    assert!(
+                        sorted && widths[0] <= BATCH && widths.last() > Some(&0),
+                        "{} {form:?} {variant:?}",
+                        ks.isa
+                    );
+                    assert!(variants[..i].iter().all(|other| other.name != variant.name), "{} {form:?}", ks.isa);
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_width_group_and_offset_gives_portables_bits() {
@@ -49,17 +73,18 @@ mod tests {
                             if extreme.is_some() {
                                 x.fill([1.0, -1.0][n % 2]);
                             }
-                            let products: Vec<Vec<u32>> = available()
-                                .into_iter()
-                                .map(|ks| {
+                            let mut expected = None;
+                            for ks in available() {
+                                for (i, variant) in ks.variants(form).iter().enumerate() {
+                                    let plan = Plan { variant: i, ..Plan::default() };
                                     let (mut act, mut y) = (Activations::new(), vec![0f32; n * w.rows]);
-                                    act.prepare(ks, &x, n, cols, &[form], &pool);
-                                    matmul(ks, &w, &act, &mut y, w.rows, &pool);
-                                    y.into_iter().map(f32::to_bits).collect()
-                                })
-                                .collect();
-                            for (ks, product) in available().iter().zip(&products) {
-                                assert_eq!(product, &products[0], "{} {form:?} × {n}, {extreme:?}", ks.isa);
+                                    act.prepare_for(ks, &x, n, cols, [(form, plan)].into_iter(), &pool);
+                                    matmul_by(plan, ks, &w, &act, &mut y, w.rows, &pool);
+                                    let y: Vec<u32> = y.into_iter().map(f32::to_bits).collect();
+                                    let expected = expected.get_or_insert_with(|| y.clone());
+                                    let what = format!("{} {}", ks.isa, variant.name);
+                                    assert_eq!(&y, expected, "{what} {form:?} × {n}, {extreme:?}");
+                                }
                             }
                         }
                     }

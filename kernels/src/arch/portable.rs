@@ -1,7 +1,7 @@
 //! Plain Rust for any machine, written to be read rather than to be fast: the oracle of the other instruction sets.
 
 use super::vector::Vector;
-use crate::dispatch::{Isa, Kernels};
+use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
 use crate::ops::{bf16_to_f32, f16_to_f32, f32_to_f16, float_ops};
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, MAX_GROUP};
@@ -88,9 +88,8 @@ impl Vector for Lanes {
 
 pub(crate) static KERNELS: Kernels = Kernels {
     isa: Isa::Portable,
-    tile,
+    variants,
     preferred: PackedForm::of,
-    wants_tables: |_| false,
     quantize: quantize_portable,
     build_tables: build_tables_portable,
     ops: float_ops!(Lanes),
@@ -98,12 +97,15 @@ pub(crate) static KERNELS: Kernels = Kernels {
 };
 
 /// The kernel for any form, plainly.
-pub(crate) fn tile(form: PackedForm) -> TileKernel {
+pub(crate) fn variants(form: PackedForm) -> &'static [Variant] {
+    const fn plain(tile: TileKernel) -> Variant {
+        Variant { name: "plain", tile, widths: &[BATCH], tables: false }
+    }
     match form.codes {
-        Codes::Float(FloatKind::F32) => float_tile::<Lanes, 0>,
-        Codes::Float(FloatKind::F16) => float_tile::<Lanes, 1>,
-        Codes::Float(FloatKind::Bf16) => float_tile::<Lanes, 2>,
-        _ => grouped,
+        Codes::Float(FloatKind::F32) => const { &[plain(float_tile::<Lanes, 0>)] },
+        Codes::Float(FloatKind::F16) => const { &[plain(float_tile::<Lanes, 1>)] },
+        Codes::Float(FloatKind::Bf16) => const { &[plain(float_tile::<Lanes, 2>)] },
+        _ => const { &[plain(grouped)] },
     }
 }
 

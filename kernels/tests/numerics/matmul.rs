@@ -2,8 +2,8 @@
 
 use crate::{assert_same, is_float, scale_at, source, Random, Weights};
 use lutra_kernels::{
-    available, dequantize, matmul, pack, pack_as, select, Activations, Kernels, PackedForm, PackedMatrix, Pool,
-    SourceType,
+    available, dequantize, matmul, matmul_by, pack, pack_as, select, Activations, Kernels, PackedForm, PackedMatrix,
+    Plan, Pool, SourceType,
 };
 
 /// y = x·Wᵀ with activations prepared for this matrix alone.
@@ -266,6 +266,36 @@ fn threads_batches_and_shared_preparation_change_nothing() {
             for (i, y) in y.chunks(stride).enumerate() {
                 assert_same(&y[..rows], &expected[i * rows..][..rows], &format!("{} {ty:?} shared", ks.isa));
                 assert!(y[rows..].iter().all(|&v| v == 7.0), "{} {ty:?} wrote between rows", ks.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_plan_gives_the_same_bits() {
+    // What the tuner may choose, and more: each form, kernel, number of rows at once and block size.
+    let mut random = Random::new(6);
+    let pool = Pool::new(2);
+    for ty in SourceType::ALL {
+        let (rows, cols, n) = (49, 1024, 21);
+        let src = source(ty, rows * cols, Weights::Sane, &mut random);
+        let x = random.floats(n * cols);
+        let portable = select(Some("portable")).unwrap();
+        let expected = product(portable, &pack(ty, &src, rows, cols, &pool).unwrap(), &x, &pool);
+        for form in PackedForm::candidates(ty) {
+            let w = pack_as(form, ty, &src, rows, cols, &pool).unwrap();
+            for ks in available().into_iter().filter(|ks| ks.isa != portable.isa) {
+                for (variant, of) in ks.variants(form).iter().enumerate() {
+                    for width in (0..=9).chain([16, usize::MAX]) {
+                        for block_bytes in [0, 1, 5000, 16 << 10, 256 << 10, usize::MAX] {
+                            let plan = Plan { variant, width, block_bytes };
+                            let (mut act, mut y) = (Activations::new(), vec![0f32; n * rows]);
+                            act.prepare_for(ks, &x, n, cols, [(form, plan)].into_iter(), &pool);
+                            matmul_by(plan, ks, &w, &act, &mut y, rows, &pool);
+                            assert_same(&y, &expected, &format!("{} {} {form:?} {plan:?}", ks.isa, of.name));
+                        }
+                    }
+                }
             }
         }
     }

@@ -6,10 +6,9 @@
 #![allow(clippy::needless_range_loop)] // planes, halves and quarters are places in several arrays at once
 
 use crate::arch::dot::{dot_kernels, Dot};
-use crate::arch::portable;
 use crate::arch::vector::Vector;
-use crate::dispatch::{Isa, Kernels};
-use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
+use crate::dispatch::{Isa, Kernels, Variant};
+use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
 use crate::ops::float_ops;
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
 use crate::quantize::{group_scale, Table};
@@ -24,18 +23,13 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
 
 static KERNELS: Kernels = Kernels {
     isa: Isa::Avx2,
-    tile,
+    variants,
     preferred,
-    wants_tables,
     quantize,
     build_tables,
     ops: float_ops!(Lanes, "avx2,fma,f16c"),
     read,
 };
-
-pub(super) fn wants_tables(form: PackedForm) -> bool {
-    bits_kernel(form).is_some()
-}
 
 /// Lookup for one and two bits, where it is faster than the three instructions that stand for a dot product here.
 fn preferred(ty: SourceType) -> PackedForm {
@@ -44,13 +38,16 @@ fn preferred(ty: SourceType) -> PackedForm {
     *planes.unwrap_or(&candidates[0])
 }
 
-pub(super) fn tile(form: PackedForm) -> TileKernel {
+pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
+    const fn float(tile: TileKernel) -> Variant {
+        Variant { name: "float", tile, widths: &[BATCH], tables: false }
+    }
     match form.codes {
-        Codes::Float(FloatKind::F32) => float_f32,
-        Codes::Float(FloatKind::F16) => float_f16,
-        Codes::Float(FloatKind::Bf16) => float_bf16,
-        Codes::Planes(_) => bits_kernel(form).unwrap_or_else(|| portable::tile(form)),
-        _ => dot_tile(form).unwrap_or_else(|| portable::tile(form)),
+        Codes::Float(FloatKind::F32) => const { &[float(float_f32)] },
+        Codes::Float(FloatKind::F16) => const { &[float(float_f16)] },
+        Codes::Float(FloatKind::Bf16) => const { &[float(float_bf16)] },
+        Codes::Planes(_) => bits_variants(form),
+        _ => dot_variants(form),
     }
 }
 
@@ -299,33 +296,35 @@ macro_rules! batched {
 }
 
 /// The lookup kernel for a form of bit planes, if there is one.
-fn bits_kernel(form: PackedForm) -> Option<TileKernel> {
-    let Codes::Planes(n) = form.codes else { return None };
-    let Values::Offset(offset) = form.values else { return None };
+fn bits_variants(form: PackedForm) -> &'static [Variant] {
+    const fn lookup(tile: TileKernel) -> Variant {
+        Variant { name: "lookup", tile, widths: &[BATCH], tables: true }
+    }
+    let (Codes::Planes(n), Values::Offset(offset)) = (form.codes, form.values) else { return &[] };
     if !matches!(form.scale, ScaleKind::F16 | ScaleKind::F16Min) || form.group % 32 != 0 || form.group > 256 {
-        return None;
+        return &[];
     }
     // Whether a whole group's sum fits i16.
     let largest = (offset as i32).abs().max((1 << n) - 1 + offset as i32);
     let narrow = form.group as i32 * 127 * largest <= i16::MAX as i32;
-    Some(match (n, narrow) {
-        (1, false) => bits_tile::<1, false>,
-        (2, false) => bits_tile::<2, false>,
-        (3, false) => bits_tile::<3, false>,
-        (4, false) => bits_tile::<4, false>,
-        (1, true) => bits_tile::<1, true>,
-        (2, true) => bits_tile::<2, true>,
-        (3, true) => bits_tile::<3, true>,
-        (4, true) => bits_tile::<4, true>,
-        _ => return None,
-    })
+    match (n, narrow) {
+        (1, false) => const { &[lookup(bits_tile::<1, false>)] },
+        (2, false) => const { &[lookup(bits_tile::<2, false>)] },
+        (3, false) => const { &[lookup(bits_tile::<3, false>)] },
+        (4, false) => const { &[lookup(bits_tile::<4, false>)] },
+        (1, true) => const { &[lookup(bits_tile::<1, true>)] },
+        (2, true) => const { &[lookup(bits_tile::<2, true>)] },
+        (3, true) => const { &[lookup(bits_tile::<3, true>)] },
+        (4, true) => const { &[lookup(bits_tile::<4, true>)] },
+        _ => &[],
+    }
 }
 
 /// Table lookup over bit planes (bit-serial, after T-MAC, arXiv:2407.00088): cost linear in bits.
 ///
 /// # Safety
 ///
-/// `TileKernel`'s; the form is one that `bits_kernel` gives this instance for.
+/// `TileKernel`'s; the form is one that `bits_variants` gives this instance for.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn bits_tile<const N: usize, const NARROW: bool>(args: &TileArgs, out: &mut TileOut) {
     if N <= 2 {
@@ -342,7 +341,7 @@ unsafe fn bits_tile<const N: usize, const NARROW: bool>(args: &TileArgs, out: &m
 /// and one multiply-add makes low + 32·high ≤ 33·248 = 8184, an i16 exactly. What follows is modulo 2^16 and exact because
 /// its true value fits i16: starting from −16·32·8 = −4096 per 32 k,
 /// - wide: a plane's sum over a group is a subset sum of ≤ 256 activations, |·| ≤ 256·127 = 32512; planes are combined in i32;
-/// - narrow: the sum of the whole group, |Σ (code + offset)·a| ≤ group·127·max|code + offset| ≤ 32767 (`bits_kernel` has
+/// - narrow: the sum of the whole group, |Σ (code + offset)·a| ≤ group·127·max|code + offset| ≤ 32767 (`bits_variants` has
 ///   checked; 4 bits, offset −8, group 32: 32512), so planes are combined in i16, whatever wraps on the way. A pair of planes
 ///   takes one accumulator: the upper one is multiplied by (2, 64), ≤ 16368.
 #[inline(always)]

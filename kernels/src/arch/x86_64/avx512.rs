@@ -5,8 +5,7 @@
 
 use super::avx2::{self, Lanes};
 use crate::arch::dot::{dot_kernels, Dot};
-use crate::arch::portable;
-use crate::dispatch::{Isa, Kernels};
+use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{trits, Codes, PackedForm, SourceType};
@@ -25,9 +24,8 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
 
 static KERNELS: Kernels = Kernels {
     isa: Isa::Avx512,
-    tile,
+    variants,
     preferred,
-    wants_tables: avx2::wants_tables,
     quantize: avx2::quantize,
     build_tables: avx2::build_tables,
     ops: float_ops!(Lanes, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c"),
@@ -41,10 +39,10 @@ fn preferred(ty: SourceType) -> PackedForm {
     }
 }
 
-fn tile(form: PackedForm) -> TileKernel {
+fn variants(form: PackedForm) -> &'static [Variant] {
     match form.codes {
-        Codes::Float(_) | Codes::Planes(_) => avx2::tile(form),
-        _ => dot_tile(form).unwrap_or_else(|| portable::tile(form)),
+        Codes::Float(_) | Codes::Planes(_) => avx2::variants(form),
+        _ => dot_variants(form),
     }
 }
 
