@@ -9,6 +9,8 @@
 mod buffer;
 pub(crate) mod fields;
 mod planes;
+#[cfg(test)]
+mod reference;
 pub(crate) mod scales;
 mod source;
 pub(crate) mod trits;
@@ -328,23 +330,31 @@ pub fn pack_as(
     let mut data = Buffer::zeroed(tiles.checked_mul(tile_bytes).ok_or_else(too_large)?)?;
     data.par_chunks(pool, tile_bytes, |index, tile| {
         let first = index * form.tile_rows();
-        for row in first..rows.min(first + form.tile_rows()) {
-            pack_row(ty, form, &src[row * row_bytes..][..row_bytes], tile, row - first);
-        }
+        let end = rows.min(first + form.tile_rows());
+        pack_tile(ty, form, &src[first * row_bytes..end * row_bytes], row_bytes, tile);
     });
     Ok(PackedMatrix { rows, cols, form, scale, tile_bytes, data })
 }
 
-fn pack_row(ty: SourceType, form: PackedForm, src: &[u8], tile: &mut [u8], row: usize) {
-    if let Codes::Float(_) = form.codes {
-        let size = ty.block_bytes();
-        for (value, column) in src.chunks_exact(size).zip(tile.chunks_exact_mut(form.group_code_bytes())) {
-            column[row * size..][..size].copy_from_slice(value);
+/// Packs the rows of a tile. A stretch of columns of every row comes after the other, so that what is written stays in the
+/// first-level cache until all rows have written their parts of its lines.
+fn pack_tile(ty: SourceType, form: PackedForm, src: &[u8], row_bytes: usize, tile: &mut [u8]) {
+    const STRETCH: usize = 8 << 10;
+    let (group, block) = (form.group_tile_bytes(), ty.block_bytes());
+    let groups = (STRETCH / group).max(1);
+    let mut parts = Block::EMPTY;
+    for (stretch, tile) in tile.chunks_mut(groups * group).enumerate() {
+        for (row, src) in src.chunks_exact(row_bytes).enumerate() {
+            let src = src[stretch * groups * block..].chunks_exact(block).zip(tile.chunks_exact_mut(group));
+            if let Codes::Float(_) = form.codes {
+                src.for_each(|(value, column)| column[row * block..][..block].copy_from_slice(value));
+                continue;
+            }
+            for (block, group) in src {
+                parts.read(ty, block);
+                form.put(group, row, &parts);
+            }
         }
-        return;
-    }
-    for (block, group) in src.chunks_exact(ty.block_bytes()).zip(tile.chunks_exact_mut(form.group_tile_bytes())) {
-        form.put(group, row, &Block::read(ty, block));
     }
 }
 
@@ -359,13 +369,7 @@ impl PackedMatrix {
             for row in first..rows.min(first + form.tile_rows()) {
                 let groups = tile.chunks_exact_mut(form.group_tile_bytes());
                 for (group, codes) in groups.zip(codes[row * cols..][..cols].chunks_exact(form.group as usize)) {
-                    let mut block = Block {
-                        codes: [0; MAX_GROUP],
-                        scale: d,
-                        min: m,
-                        sub_scales: [0; MAX_SUBS],
-                        sub_mins: [0; MAX_SUBS],
-                    };
+                    let mut block = Block { scale: d, min: m, ..Block::EMPTY };
                     block.codes[..codes.len()].copy_from_slice(codes);
                     form.put(group, row - first, &block);
                 }

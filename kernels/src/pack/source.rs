@@ -166,7 +166,7 @@ pub(super) fn float(kind: FloatKind, bytes: &[u8]) -> f32 {
 const POWERS_OF_3: [u8; 5] = [1, 3, 9, 27, 81];
 
 /// Trit `n` of a TQ1_0 byte, as ggml reads it, for every byte value.
-fn tq1_trit(byte: u8, n: usize) -> u8 {
+pub(super) fn tq1_trit(byte: u8, n: usize) -> u8 {
     ((byte.wrapping_mul(POWERS_OF_3[n]) as u16 * 3) >> 8) as u8
 }
 
@@ -184,7 +184,7 @@ pub(super) struct Block {
 }
 
 /// 6-bit scale and min of sub j of Q4_K and Q5_K.
-fn scale_min_6(bytes: &[u8], j: usize) -> (u8, u8) {
+pub(super) fn scale_min_6(bytes: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (bytes[j] & 63, bytes[j + 4] & 63)
     } else {
@@ -193,127 +193,181 @@ fn scale_min_6(bytes: &[u8], j: usize) -> (u8, u8) {
 }
 
 /// 6-bit scale of sub j of Q3_K: low nibbles in bytes 0–7, the upper two bits in bytes 8–11.
-fn scale_6(bytes: &[u8], j: usize) -> u8 {
+pub(super) fn scale_6(bytes: &[u8], j: usize) -> u8 {
     let low = if j < 8 { bytes[j] & 15 } else { bytes[j - 8] >> 4 };
     low | (bytes[8 + j % 4] >> (2 * (j / 4)) & 3) << 4
 }
 
 impl Block {
-    /// Takes one block apart.
-    pub fn read(ty: SourceType, block: &[u8]) -> Block {
+    pub const EMPTY: Block =
+        Block { codes: [0; MAX_GROUP], scale: 0, min: 0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
+
+    /// Takes one block apart; what its type does not have stays as it was. Loops run over whole bytes with one shift each, so
+    /// that compilers make vectors of them: packing is as fast as reading a model file should be.
+    pub fn read(&mut self, ty: SourceType, block: &[u8]) {
         use SourceType::*;
-        let mut b =
-            Block { codes: [0; MAX_GROUP], scale: 0, min: 0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
+        let block = &block[..ty.block_bytes()];
         let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
-        // 32 nibbles, the first 16 low; `fifth` has their upper bits.
-        let mut nibbles = |bytes: &[u8], fifth: u32| {
-            for i in 0..16 {
-                b.codes[i] = bytes[i] & 15 | ((fifth >> i & 1) as u8) << 4;
-                b.codes[16 + i] = bytes[i] >> 4 | ((fifth >> (16 + i) & 1) as u8) << 4;
-            }
-        };
-        let word = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
         match ty {
             Q4_0 | IQ4_NL => {
-                nibbles(&block[2..], 0);
-                b.scale = half(0);
+                self.nibbles(&block[2..]);
+                self.scale = half(0);
             }
             MXFP4 => {
-                nibbles(&block[1..], 0);
-                b.scale = block[0] as u16;
+                self.nibbles(&block[1..]);
+                self.scale = block[0] as u16;
             }
             Q4_1 => {
-                nibbles(&block[4..], 0);
-                (b.scale, b.min) = (half(0), half(2));
+                self.nibbles(&block[4..]);
+                (self.scale, self.min) = (half(0), half(2));
             }
             Q5_0 => {
-                nibbles(&block[6..], word(2));
-                b.scale = half(0);
+                self.nibbles(&block[6..]);
+                self.fifth_bits(&block[2..6]);
+                self.scale = half(0);
             }
             Q5_1 => {
-                nibbles(&block[8..], word(4));
-                (b.scale, b.min) = (half(0), half(2));
+                self.nibbles(&block[8..]);
+                self.fifth_bits(&block[4..8]);
+                (self.scale, self.min) = (half(0), half(2));
             }
             Q8_0 => {
-                b.codes[..32].copy_from_slice(&block[2..34]);
-                b.scale = half(0);
+                self.codes[..32].copy_from_slice(&block[2..34]);
+                self.scale = half(0);
             }
             Q2_K => {
-                for k in 0..256 {
-                    b.codes[k] = block[16 + k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
+                for (codes, bytes) in self.codes.chunks_exact_mut(128).zip(block[16..80].chunks_exact(32)) {
+                    shifted::<0, 3>(&mut codes[..32], bytes);
+                    shifted::<2, 3>(&mut codes[32..64], bytes);
+                    shifted::<4, 3>(&mut codes[64..96], bytes);
+                    shifted::<6, 3>(&mut codes[96..], bytes);
                 }
                 for j in 0..16 {
-                    (b.sub_scales[j], b.sub_mins[j]) = (block[j] & 15, block[j] >> 4);
+                    (self.sub_scales[j], self.sub_mins[j]) = (block[j] & 15, block[j] >> 4);
                 }
-                (b.scale, b.min) = (half(80), half(82));
+                (self.scale, self.min) = (half(80), half(82));
             }
             Q3_K => {
-                for k in 0..256 {
-                    let low = block[32 + k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
-                    b.codes[k] = low | (block[k % 32] >> (k / 32) & 1) << 2;
+                for (codes, bytes) in self.codes.chunks_exact_mut(128).zip(block[32..96].chunks_exact(32)) {
+                    shifted::<0, 3>(&mut codes[..32], bytes);
+                    shifted::<2, 3>(&mut codes[32..64], bytes);
+                    shifted::<4, 3>(&mut codes[64..96], bytes);
+                    shifted::<6, 3>(&mut codes[96..], bytes);
                 }
+                self.bits_of_32s::<2>(&block[..32]);
                 for j in 0..16 {
-                    b.sub_scales[j] = scale_6(&block[96..108], j);
+                    self.sub_scales[j] = scale_6(&block[96..108], j);
                 }
-                b.scale = half(108);
+                self.scale = half(108);
             }
             Q4_K | Q5_K => {
-                let (high, low) = if ty == Q4_K { (None, 16) } else { (Some(16), 48) };
-                for k in 0..256 {
-                    b.codes[k] = block[low + k / 64 * 32 + k % 32] >> (4 * (k / 32 % 2)) & 15;
-                    if let Some(high) = high {
-                        b.codes[k] |= (block[high + k % 32] >> (k / 32) & 1) << 4;
-                    }
+                let low = if ty == Q4_K { 16 } else { 48 };
+                for (codes, bytes) in self.codes.chunks_exact_mut(64).zip(block[low..low + 128].chunks_exact(32)) {
+                    shifted::<0, 15>(&mut codes[..32], bytes);
+                    shifted::<4, 15>(&mut codes[32..], bytes);
+                }
+                if ty == Q5_K {
+                    self.bits_of_32s::<4>(&block[16..48]);
                 }
                 for j in 0..8 {
-                    (b.sub_scales[j], b.sub_mins[j]) = scale_min_6(&block[4..16], j);
+                    (self.sub_scales[j], self.sub_mins[j]) = scale_min_6(&block[4..16], j);
                 }
-                (b.scale, b.min) = (half(0), half(2));
+                (self.scale, self.min) = (half(0), half(2));
             }
             Q6_K => {
-                for k in 0..256 {
-                    let (part, l) = (k / 128, k % 128);
-                    let low = block[part * 64 + l % 64] >> (4 * (l / 64)) & 15;
-                    b.codes[k] = low | (block[128 + part * 32 + l % 32] >> (2 * (l / 32)) & 3) << 4;
+                let parts = block[..128].chunks_exact(64).zip(block[128..192].chunks_exact(32));
+                for (codes, (low, high)) in self.codes.chunks_exact_mut(128).zip(parts) {
+                    for l in 0..32 {
+                        codes[l] = low[l] & 15 | (high[l] & 3) << 4;
+                        codes[32 + l] = low[32 + l] & 15 | (high[l] >> 2 & 3) << 4;
+                        codes[64 + l] = low[l] >> 4 | (high[l] >> 4 & 3) << 4;
+                        codes[96 + l] = low[32 + l] >> 4 | (high[l] >> 6) << 4;
+                    }
                 }
                 for j in 0..16 {
-                    b.sub_scales[j] = block[192 + j].wrapping_add(128);
+                    self.sub_scales[j] = block[192 + j].wrapping_add(128);
                 }
-                b.scale = half(208);
+                self.scale = half(208);
             }
             TQ1_0 => {
-                for (k, code) in b.codes.iter_mut().enumerate() {
-                    // 32 bytes of five trits, 16 bytes of five, 4 bytes of four; trits of a part are the slow index.
-                    let (byte, n) = match k {
-                        0..160 => (k % 32, k / 32),
-                        160..240 => (32 + (k - 160) % 16, (k - 160) / 16),
-                        _ => (48 + (k - 240) % 4, (k - 240) / 4),
-                    };
-                    *code = tq1_trit(block[byte], n);
+                // 32 bytes of five trits, 16 bytes of five, 4 bytes of four; trits of a part are the slow index.
+                let mut codes = &mut self.codes[..];
+                for (part, trits) in [(&block[..32], 5), (&block[32..48], 5), (&block[48..52], 4)] {
+                    for n in 0..trits {
+                        let (now, later) = codes.split_at_mut(part.len());
+                        now.iter_mut().zip(part).for_each(|(code, &byte)| *code = tq1_trit(byte, n));
+                        codes = later;
+                    }
                 }
-                b.scale = half(52);
+                self.scale = half(52);
             }
             TQ2_0 => {
-                for k in 0..256 {
-                    b.codes[k] = block[k / 128 * 32 + k % 32] >> (2 * (k / 32 % 4)) & 3;
+                for (codes, bytes) in self.codes.chunks_exact_mut(128).zip(block[..64].chunks_exact(32)) {
+                    shifted::<0, 3>(&mut codes[..32], bytes);
+                    shifted::<2, 3>(&mut codes[32..64], bytes);
+                    shifted::<4, 3>(&mut codes[64..96], bytes);
+                    shifted::<6, 3>(&mut codes[96..], bytes);
                 }
-                b.scale = half(64);
+                self.scale = half(64);
             }
             I2_S => {
-                for k in 0..128 {
-                    b.codes[k] = block[k % 32] >> (6 - 2 * (k / 32)) & 3;
-                }
+                shifted::<6, 3>(&mut self.codes[..32], block);
+                shifted::<4, 3>(&mut self.codes[32..64], block);
+                shifted::<2, 3>(&mut self.codes[64..96], block);
+                shifted::<0, 3>(&mut self.codes[96..128], block);
             }
             L1 | L2 | L3 => {
-                let n = ty as usize - 1000;
-                for (k, code) in b.codes[..128].iter_mut().enumerate() {
-                    *code = (0..n).fold(0, |code, i| code | (block[4 + (n * k + i) / 8] >> ((n * k + i) % 8) & 1) << i);
+                match ty {
+                    L1 => stream::<1>(&mut self.codes, &block[4..]),
+                    L2 => stream::<2>(&mut self.codes, &block[4..]),
+                    _ => stream::<3>(&mut self.codes, &block[4..]),
                 }
-                (b.scale, b.min) = (half(0), half(2));
+                (self.scale, self.min) = (half(0), half(2));
             }
             F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
         }
-        b
+    }
+
+    /// Codes 0–15 from the low nibbles of 16 bytes, 16–31 from the high ones.
+    fn nibbles(&mut self, bytes: &[u8]) {
+        shifted::<0, 15>(&mut self.codes[..16], bytes);
+        shifted::<4, 15>(&mut self.codes[16..32], bytes);
+    }
+
+    /// Adds the fifth bits of 32 codes, a bit each.
+    fn fifth_bits(&mut self, bits: &[u8]) {
+        for (codes, &byte) in self.codes.chunks_exact_mut(8).zip(bits) {
+            for (i, code) in codes.iter_mut().enumerate() {
+                *code |= (byte >> i & 1) << 4;
+            }
+        }
+    }
+
+    /// Adds bit `TO` of 256 codes: bit i of byte l is that of code 32·i + l.
+    fn bits_of_32s<const TO: u32>(&mut self, bytes: &[u8]) {
+        for (i, codes) in self.codes.chunks_exact_mut(32).enumerate() {
+            for (code, &byte) in codes.iter_mut().zip(bytes) {
+                *code |= (byte >> i & 1) << TO;
+            }
+        }
+    }
+}
+
+/// As many codes as there is room for: `byte >> SHIFT & MASK`.
+#[inline(always)]
+fn shifted<const SHIFT: u32, const MASK: u8>(codes: &mut [u8], bytes: &[u8]) {
+    codes.iter_mut().zip(bytes).for_each(|(code, &byte)| *code = byte >> SHIFT & MASK);
+}
+
+/// Codes of N bits from a little-endian stream of bits; eight codes are N whole bytes.
+fn stream<const N: usize>(codes: &mut [u8], bytes: &[u8]) {
+    for (codes, bytes) in codes.chunks_exact_mut(8).zip(bytes.chunks_exact(N)) {
+        let mut word = [0; 4];
+        word[..N].copy_from_slice(bytes);
+        let word = u32::from_le_bytes(word);
+        for (i, code) in codes.iter_mut().enumerate() {
+            *code = (word >> (N * i)) as u8 & ((1 << N) - 1);
+        }
     }
 }
 

@@ -21,9 +21,9 @@ const FIRST_FOUR: u8 = 81;
 /// Of those with d4 = 2, how many have bit 7 clear.
 const CLEAR: u8 = 128 - FIRST_FOUR;
 
-fn encode(indexed: bool, d: [u8; 5]) -> u8 {
+pub(super) const fn encode(indexed: bool, d: [u8; 5]) -> u8 {
     if !indexed {
-        let value = d.iter().fold(0u32, |value, &digit| value * 3 + digit as u32);
+        let value = (((d[0] as u32 * 3 + d[1] as u32) * 3 + d[2] as u32) * 3 + d[3] as u32) * 3 + d[4] as u32;
         return (value * 256).div_ceil(243) as u8;
     }
     let c = d[0] + 3 * d[1] + 9 * d[2] + 27 * d[3];
@@ -67,11 +67,32 @@ pub(crate) static FIRST_DIGITS: [[u8; 128]; 2] = {
     tables
 };
 
+/// `encode` of every five digits, by Σ d_n·3^(4−n) as a fraction and by Σ d_n·3^n as an index.
+static ENCODED: [[u8; 243]; 2] = {
+    let mut tables = [[0; 243]; 2];
+    let mut v = 0;
+    while v < 243 {
+        let d = [(v / 81) as u8, (v / 27 % 3) as u8, (v / 9 % 3) as u8, (v / 3 % 3) as u8, (v % 3) as u8];
+        tables[0][v] = encode(false, d);
+        tables[1][v] = encode(true, [d[4], d[3], d[2], d[1], d[0]]);
+        v += 1;
+    }
+    tables
+};
+
 pub(super) fn put(group: &mut [u8], indexed: bool, row: usize, codes: &[u8]) {
-    for (word, codes) in codes.chunks(20).enumerate() {
-        for (j, byte) in group[(word * FIELD_TILE + row) * 4..][..4].iter_mut().enumerate() {
-            *byte = encode(indexed, std::array::from_fn(|n| codes.get(4 * n + j).copied().unwrap_or(0)));
+    let table = &ENCODED[indexed as usize];
+    for (words, codes) in group.chunks_exact_mut(4 * FIELD_TILE).zip(codes.chunks(20)) {
+        // Digit n of the word's four bytes; no value exceeds its byte.
+        let mut digits = [0u32; 5];
+        for (digit, codes) in digits.iter_mut().zip(codes.chunks_exact(4)) {
+            *digit = u32::from_le_bytes(codes.try_into().expect("4 codes"));
         }
+        if indexed {
+            digits.reverse();
+        }
+        let values = digits.into_iter().fold(0, |values, digit| values * 3 + digit).to_le_bytes();
+        words[4 * row..][..4].copy_from_slice(&values.map(|v| table[v as usize]));
     }
 }
 
