@@ -14,6 +14,7 @@
 
 mod arch;
 pub mod bandwidth;
+pub mod cache;
 pub mod dispatch;
 pub mod error;
 pub mod matmul;
