@@ -27,6 +27,7 @@ export interface LocalCluster extends AsyncDisposable {
 export async function startLocalCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
   const { threads: wanted, isa, shards = 1, ...rest } = options;
   const model = await loadModel(path); // before anything is started: a wrong path is the likeliest error
+  for (const warning of model.warnings) console.error(`warning: ${warning}`);
   const kernels = loadKernels();
   const threads = wanted ?? Math.max(1, Math.floor(kernels.deviceInfo().cores / shards));
   const bus = new InProcessBus();

@@ -1,6 +1,6 @@
 import { TokenizerError } from "./errors.ts";
 import { mergePieces } from "./merge.ts";
-import { preTokenizer } from "./pre_tokenizer.ts";
+import type { PreTokenizer } from "./pre_tokenizer.ts";
 import { TokenType, VocabularyTokenizer } from "./tokenizer.ts";
 import type { Vocabulary } from "./tokenizer.ts";
 
@@ -13,46 +13,62 @@ const ALPHABET: readonly string[] = (() => {
   return Array.from({ length: 256 }, (_, byte) => String.fromCodePoint(printable(byte) ? byte : extra++));
 })();
 const BYTE_OF: ReadonlyMap<string, number> = new Map(ALPHABET.map((character, byte) => [character, byte]));
+const SPACE = "\u2581";
 /** Words whose tokens are remembered. */
 const CACHE_WORDS = 16_384;
 
-/** Byte-level BPE: a text is split into words by the model's pre-tokenizer, and each word's bytes are merged by rank. */
+/**
+ * BPE: a text is split into words by the model's pre-tokenizer, and each word's bytes are merged by rank. Gemma 4 and its
+ * like merge characters instead, with `▁` for spaces, and fall back to byte tokens.
+ */
 export class BpeTokenizer extends VocabularyTokenizer {
   readonly stripsLeadingSpace = false;
   readonly #ranks: ReadonlyMap<string, number>;
-  readonly #split: (text: string) => string[];
-  readonly #ignoreMerges: boolean;
+  readonly #pre: PreTokenizer;
+  readonly #bytes: readonly (number | undefined)[];
   readonly #cache = new Map<string, readonly number[]>();
+  override readonly warnings: readonly string[];
 
-  constructor(vocabulary: Vocabulary) {
+  constructor(vocabulary: Vocabulary, pre: PreTokenizer) {
     super(vocabulary);
-    const { merges, pre } = vocabulary;
+    const { merges } = vocabulary;
     if (merges === undefined) throw new TokenizerError("tokenizer.ggml.merges is missing");
-    this.#ranks = new Map(merges.map((merge, rank) => [merge, rank]));
-    const { split, ignoreMerges } = preTokenizer(pre);
-    this.#split = split;
-    this.#ignoreMerges = ignoreMerges;
+    const ranks = new Map<string, number>();
+    // The first of equal merges counts.
+    for (let rank = merges.length - 1; rank >= 0; rank--) ranks.set(merges[rank]!, rank);
+    this.#ranks = ranks;
+    this.#pre = pre;
+    this.#bytes = pre.byteLevel ? [] : this.byteTokens();
+    this.warnings = pre.warning === undefined ? [] : [pre.warning];
   }
 
   protected encodeText(text: string): number[] {
     const out: number[] = [];
-    for (const word of this.#split(text)) for (const id of this.#encodeWord(word)) out.push(id);
+    const spelt = this.#pre.byteLevel ? text : text.replaceAll(" ", SPACE);
+    for (const word of this.#pre.split(spelt)) for (const id of this.#encodeWord(word)) out.push(id);
     return out;
   }
 
   #encodeWord(word: string): readonly number[] {
     const known = this.#cache.get(word);
     if (known !== undefined) return known;
-    let letters = "";
-    for (const byte of encoder.encode(word)) letters += ALPHABET[byte]!;
-    const whole = this.#ignoreMerges ? this.ids.get(letters) : undefined;
+    const { byteLevel, ignoreMerges } = this.#pre;
+    let letters = word;
+    if (byteLevel) {
+      letters = "";
+      for (const byte of encoder.encode(word)) letters += ALPHABET[byte]!;
+    }
+    // Line breaks of Gemma 4 have tokens but no merges.
+    const whole = ignoreMerges || (!byteLevel && word.startsWith("\n")) ? this.ids.get(letters) : undefined;
     const ids: number[] = [];
     if (whole !== undefined) ids.push(whole);
     else {
       for (const piece of mergePieces([...letters], (a, b) => this.#ranks.get(`${a} ${b}`))) {
         const id = this.ids.get(piece);
         if (id !== undefined) ids.push(id);
-        else for (const letter of piece) ids.push(this.#letterId(letter));
+        else if (byteLevel) {
+          for (const letter of piece) ids.push(this.#known(this.ids.get(letter), BYTE_OF.get(letter)!));
+        } else for (const byte of encoder.encode(piece)) ids.push(this.#known(this.#bytes[byte], byte));
       }
     }
     if (this.#cache.size >= CACHE_WORDS) this.#cache.clear();
@@ -60,10 +76,10 @@ export class BpeTokenizer extends VocabularyTokenizer {
     return ids;
   }
 
-  #letterId(letter: string): number {
-    const id = this.ids.get(letter) ?? this.vocabulary.unknownId;
-    if (id === undefined) throw new TokenizerError(`the vocabulary has no token for byte ${BYTE_OF.get(letter)}`);
-    return id;
+  #known(id: number | undefined, byte: number): number {
+    const known = id ?? this.vocabulary.unknownId;
+    if (known === undefined) throw new TokenizerError(`the vocabulary has no token for byte ${byte}`);
+    return known;
   }
 
   tokenBytes(id: number): Uint8Array {
@@ -74,7 +90,10 @@ export class BpeTokenizer extends VocabularyTokenizer {
         return new Uint8Array();
       case TokenType.userDefined:
         return encoder.encode(token);
+      case TokenType.byte:
+        return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
       default: {
+        if (!this.#pre.byteLevel) return encoder.encode(token.replaceAll(SPACE, " "));
         const bytes: number[] = [];
         for (const character of token) {
           const byte = BYTE_OF.get(character);

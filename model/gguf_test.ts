@@ -6,7 +6,7 @@ import { describeModel } from "./description.ts";
 import { GgufError, ModelError } from "./errors.ts";
 import { parseGguf, readGguf } from "./gguf.ts";
 import type { GgufFile } from "./gguf.ts";
-import { tokenizerOf } from "./load.ts";
+import { tokenizerOf } from "./vocabulary.ts";
 
 /** Parses bytes, and fails when the reader asks for bytes outside the file or for more at once than there are. */
 function parse(bytes: Uint8Array): GgufFile {

@@ -47,6 +47,16 @@ export class Metadata {
     );
   }
 
+  /** An array of bytes, signed or not. */
+  bytes(key: string): Uint8Array | undefined {
+    const values = this.#get(
+      key,
+      "an array of bytes",
+      (v): v is number[] => Array.isArray(v) && v.every((x) => Number.isInteger(x) && x >= -128 && x <= 255),
+    );
+    return values === undefined ? undefined : Uint8Array.from(values);
+  }
+
   /** The value, which must be there. */
   required<T>(key: string, value: T | undefined): T {
     if (value === undefined) throw new UnsupportedModelError(`the file has no ${key}`);

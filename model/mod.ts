@@ -15,3 +15,4 @@ export * from "./load.ts";
 export * from "./stop_matcher.ts";
 export * from "./stream_decoder.ts";
 export * from "./tokenizer.ts";
+export * from "./vocabulary.ts";

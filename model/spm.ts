@@ -17,19 +17,14 @@ export class SpmTokenizer extends VocabularyTokenizer {
 
   constructor(vocabulary: Vocabulary) {
     super(vocabulary);
-    const { scores, tokens, types, addSpacePrefix } = vocabulary;
+    const { scores, types, addSpacePrefix } = vocabulary;
     if (scores === undefined) throw new TokenizerError("tokenizer.ggml.scores is missing");
     this.stripsLeadingSpace = addSpacePrefix;
     this.#rank = new Map(
       [...this.ids].filter(([, id]) => types[id] !== TokenType.control && types[id] !== TokenType.byte)
         .map(([token, id]) => [token, -scores[id]!]),
     );
-    const bytes: (number | undefined)[] = new Array(256).fill(undefined);
-    tokens.forEach((token, id) => {
-      const hex = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
-      if (types[id] === TokenType.byte && hex !== undefined) bytes[parseInt(hex, 16)] = id;
-    });
-    this.#bytes = bytes;
+    this.#bytes = this.byteTokens();
   }
 
   protected encodeText(text: string, first: boolean): number[] {
@@ -53,7 +48,7 @@ export class SpmTokenizer extends VocabularyTokenizer {
       case TokenType.byte:
         return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
       case TokenType.unknown:
-        return encoder.encode(" \u2047 ".trim());
+        return encoder.encode("\u2047");
       default:
         return encoder.encode(token.replaceAll(SPACE, " "));
     }

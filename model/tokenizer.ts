@@ -27,6 +27,8 @@ export interface Tokenizer {
   readonly bosId?: number;
   /** Tokens that end an answer. */
   readonly eosIds: ReadonlySet<number>;
+  /** What the user should know of this vocabulary. */
+  readonly warnings: readonly string[];
   encode(text: string, options?: EncodeOptions): number[];
   decode(ids: readonly number[], options?: DecodeOptions): string;
   /** The bytes that a token stands for; none for a special token. */
@@ -40,13 +42,12 @@ export interface Tokenizer {
 /** Token types of GGUF's `tokenizer.ggml.token_type`. */
 export const TokenType = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
 
-/** What a GGUF says of its vocabulary, checked. */
+/** What a model says of its vocabulary, checked. */
 export interface Vocabulary {
   readonly tokens: readonly string[];
   readonly types: readonly number[];
   readonly scores: readonly number[] | undefined;
   readonly merges: readonly string[] | undefined;
-  readonly pre: string;
   readonly bosId: number | undefined;
   readonly eosId: number | undefined;
   readonly unknownId: number | undefined;
@@ -54,13 +55,21 @@ export interface Vocabulary {
   readonly addBos: boolean;
   readonly addEos: boolean;
   readonly addSpacePrefix: boolean;
+  /** Unigram: runs of spaces become one. */
+  readonly removeExtraSpaces: boolean;
+  /** Unigram: SentencePiece's compiled table of what to write for which characters. */
+  readonly charsMap: Uint8Array | undefined;
+  /** Special tokens that swallow the white space before (`left`) or behind them. */
+  readonly strip: { readonly left: ReadonlySet<number>; readonly right: ReadonlySet<number> };
 }
 
-/** What both kinds of tokenizer share: special tokens, BOS and EOS, decoding. */
+/** What all kinds of tokenizer share: special tokens, BOS and EOS, decoding. */
 export abstract class VocabularyTokenizer implements Tokenizer {
   readonly vocabSize: number;
   readonly bosId?: number;
   readonly eosIds: ReadonlySet<number>;
+  /** What the user should know of this vocabulary. */
+  readonly warnings: readonly string[] = [];
   protected readonly vocabulary: Vocabulary;
   protected readonly ids: ReadonlyMap<string, number>;
   /** Matches the special tokens, longest first; `undefined` without any. */
@@ -73,7 +82,7 @@ export abstract class VocabularyTokenizer implements Tokenizer {
     if (vocabulary.bosId !== undefined) this.bosId = vocabulary.bosId;
     this.eosIds = vocabulary.eosIds;
     const ids = new Map<string, number>();
-    // The first of equal tokens counts, as in llama.cpp's map of the last… a duplicate is never produced by merges anyway.
+    // The first of equal tokens counts.
     vocabulary.tokens.forEach((token, id) => {
       if (!ids.has(token)) ids.set(token, id);
     });
@@ -90,9 +99,19 @@ export abstract class VocabularyTokenizer implements Tokenizer {
   /** Whether the decoded text of the first token loses its leading space. */
   abstract readonly stripsLeadingSpace: boolean;
 
+  /** The token of each byte, for what no other token spells; `undefined` where there is none. */
+  protected byteTokens(): (number | undefined)[] {
+    const bytes: (number | undefined)[] = new Array(256).fill(undefined);
+    this.vocabulary.tokens.forEach((token, id) => {
+      const hex = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
+      if (this.vocabulary.types[id] === TokenType.byte && hex !== undefined) bytes[parseInt(hex, 16)] = id;
+    });
+    return bytes;
+  }
+
   encode(text: string, options: EncodeOptions = {}): number[] {
     const { addSpecial = true, parseSpecial = false } = options;
-    const { bosId, eosId, addBos, addEos } = this.vocabulary;
+    const { bosId, eosId, addBos, addEos, strip } = this.vocabulary;
     const out: number[] = [];
     if (addSpecial && addBos && bosId !== undefined) out.push(bosId);
     const pattern = parseSpecial ? this.#special : this.#userDefined;
@@ -103,9 +122,11 @@ export abstract class VocabularyTokenizer implements Tokenizer {
     };
     if (pattern !== undefined) {
       for (const match of text.matchAll(pattern)) {
-        plain(match.index);
-        out.push(this.ids.get(match[0])!);
+        const id = this.ids.get(match[0])!;
+        plain(strip.left.has(id) ? at + text.slice(at, match.index).trimEnd().length : match.index);
+        out.push(id);
         at = match.index + match[0].length;
+        if (strip.right.has(id)) at += text.slice(at).search(/\S|$/);
         first = true; // llama.cpp: a text behind a special token begins anew
       }
     }

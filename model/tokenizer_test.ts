@@ -1,9 +1,12 @@
 import assert from "node:assert/strict";
 import { fixture, shared } from "../tests/data.ts";
-import { randomNumbers } from "../tests/gguf_writer.ts";
+import { randomNumbers, writeGguf } from "../tests/gguf_writer.ts";
+import type { Value } from "../tests/gguf_writer.ts";
 import { TokenizerError } from "./errors.ts";
-import { readGguf } from "./gguf.ts";
-import { loadModel, tokenizerOf } from "./load.ts";
+import { parseGguf, readGguf } from "./gguf.ts";
+import { loadModel } from "./load.ts";
+import type { Tokenizer } from "./tokenizer.ts";
+import { tokenizerOf } from "./vocabulary.ts";
 
 for (const name of ["gpt-2", "falcon", "llama-spm", "phi-3"]) {
   Deno.test({
@@ -44,6 +47,26 @@ for (const { file, oracle, cases } of goldens) {
   });
 }
 
+interface VocabularyGolden {
+  file: string;
+  oracle: string;
+  cases: { text: string; ids: number[]; decoded: string }[];
+}
+
+const vocabularies: VocabularyGolden[] = JSON.parse(Deno.readTextFileSync(fixture("vocab-golden.json")));
+
+for (const { file, oracle, cases } of vocabularies) {
+  Deno.test(`encode: ${file} gives the ids of ${oracle}, and its text`, () => {
+    const tokenizer = tokenizerOf(readGguf(fixture(file)));
+    assert.ok(cases.length > 80);
+    for (const { text, ids, decoded } of cases) {
+      const encoded = tokenizer.encode(text, { addSpecial: false });
+      assert.deepEqual(encoded, ids, JSON.stringify(text));
+      if (!/\u2047/.test(decoded)) assert.equal(tokenizer.decode(encoded), decoded);
+    }
+  });
+}
+
 Deno.test("encode: BOS where the model wants it, special tokens only where they are asked for", async () => {
   const { tokenizer: spm } = await loadModel(fixture("llama-q-Q4_0.gguf"));
   assert.equal(spm.encode("Hello")[0], 1);
@@ -58,14 +81,90 @@ Deno.test("encode: BOS where the model wants it, special tokens only where they 
   assert.equal(bpe.decode(bpe.encode(text, { parseSpecial: true }), { skipSpecial: false }), text);
 });
 
-Deno.test("encode: hundreds of kilobytes of one character, of spaces and of prose are no burden", async () => {
-  for (const file of ["llama-q-Q4_0.gguf", "llama-tiny-f32.gguf"]) {
-    const { tokenizer } = await loadModel(fixture(file));
+Deno.test("encode: a hundred kilobytes of one character, of spaces and of prose are no burden", async () => {
+  const { tokenizer: spm } = await loadModel(fixture("llama-q-Q4_0.gguf"));
+  const { tokenizer: bpe } = await loadModel(fixture("llama-tiny-f32.gguf"));
+  const characters = tokenizerOf(readGguf(fixture("vocab-character-bpe.gguf")));
+  const unigram = tokenizerOf(readGguf(fixture("vocab-unigram-bytes.gguf")));
+  for (const tokenizer of [spm, bpe, characters, unigram]) {
     for (const piece of ["a", " ", "\u{1f9a6}", "The otter slid down the bank. "]) {
-      const text = piece.repeat(Math.floor(300_000 / piece.length));
-      assert.equal(tokenizer.decode(tokenizer.encode(text)), text);
+      const text = piece.repeat(Math.floor(100_000 / piece.length));
+      const decoded = tokenizer.decode(tokenizer.encode(text));
+      // Unigram texts lose spaces that say nothing.
+      assert.equal(decoded, tokenizer === unigram ? text.replace(/ +/g, " ").trim() : text);
     }
   }
+});
+
+/** A byte-level vocabulary of single letters with these tokens before them. */
+function vocabulary(first: [string, number][], more: [string, Value][] = []): Tokenizer {
+  const letters = [..."abcdefghijklmnopqrstuvwxyz<|>_/\u0120\u010a"].map((letter): [string, number] => [letter, 1]);
+  const all = [...first, ...letters];
+  const bytes = writeGguf([
+    ["tokenizer.ggml.model", { string: "gpt2" }],
+    ["tokenizer.ggml.tokens", { array: all.map(([token]) => ({ string: token })), of: 8 }],
+    ["tokenizer.ggml.token_type", { array: all.map(([, type]) => ({ u32: type })), of: 4 }],
+    ["tokenizer.ggml.merges", { array: [{ string: "a b" }], of: 8 }],
+    ...more,
+  ], []);
+  return tokenizerOf(parseGguf("test", bytes.length, (into, at) => into.set(bytes.subarray(at, at + into.length))));
+}
+const pre = (name: string): [string, Value] => ["tokenizer.ggml.pre", { string: name }];
+
+Deno.test("tokenizerOf: BOS and EOS as the file says, and else as the pre-tokenizer implies", () => {
+  const ends: [string, Value][] = [["tokenizer.ggml.bos_token_id", { u32: 0 }], ["tokenizer.ggml.eos_token_id", {
+    u32: 1,
+  }]];
+  const special: [string, number][] = [["<s>", 3], ["</s>", 3]];
+  const ids = (...more: [string, Value][]) =>
+    vocabulary(special, [...ends, ...more]).encode("a").map((i) => Math.min(i, 2));
+  assert.deepEqual(ids(pre("gpt-2")), [2]);
+  assert.deepEqual(ids(pre("llama-bpe")), [0, 2]);
+  assert.deepEqual(ids(pre("tekken")), [0, 2]);
+  assert.deepEqual(ids(pre("llama-bpe"), ["tokenizer.ggml.add_bos_token", { bool: 0 }]), [2]);
+  assert.deepEqual(
+    ids(pre("gpt-2"), ["tokenizer.ggml.add_bos_token", { bool: 1 }], ["tokenizer.ggml.add_eos_token", { bool: 1 }]),
+    [0, 2, 1],
+  );
+});
+
+Deno.test("tokenizerOf: an unknown pre-tokenizer warns, an unknown model is refused by name", () => {
+  assert.deepEqual(vocabulary([], [pre("gpt-2")]).warnings, []);
+  assert.match(vocabulary([], [pre("otter")]).warnings.join(), /"otter" is unknown/);
+  const bytes = writeGguf([
+    ["tokenizer.ggml.model", { string: "rwkv" }],
+    ["tokenizer.ggml.tokens", { array: [{ string: "a" }], of: 8 }],
+  ], []);
+  const gguf = parseGguf("test", bytes.length, (into, at) => into.set(bytes.subarray(at, at + into.length)));
+  assert.throws(() => tokenizerOf(gguf), /"rwkv"; supported are/);
+});
+
+Deno.test("tokenizerOf: what ends an answer", () => {
+  const of = (...tokens: [string, number][]) => [...vocabulary(tokens, [pre("gpt-2")]).eosIds].sort();
+  assert.deepEqual(of(["<|im_start|>", 3], ["<|im_end|>", 3], ["</s>", 1]), [1]);
+  assert.deepEqual(of(["<|im_end|>", 1]), [0], "it looks like a control token, so it is one");
+  assert.deepEqual(of(["<|end|>", 3], ["<|return|>", 3], ["<|call|>", 3]), [1, 2]);
+  assert.deepEqual(of(["<|tool_response>", 3], ["</s>", 3]), [0]);
+});
+
+Deno.test("encode: user-defined tokens in any text, special ones where asked for, and what they swallow", () => {
+  const special: [string, number][] = [["<|x|>", 3], ["abc", 4], ["abcd", 4]];
+  const plain = vocabulary(special, [pre("gpt-2")]);
+  assert.deepEqual(plain.encode("abcd"), [2], "the longest counts");
+  assert.deepEqual(plain.encode("abc").concat(plain.encode("<|x|>", { parseSpecial: true })), [1, 0]);
+  assert.ok(plain.encode("<|x|>").length > 1);
+  const phi = vocabulary(special, [pre("gpt-2"), ["general.name", { string: "Phi-3 mini" }]]);
+  assert.deepEqual(phi.encode("<|x|> \n abc", { parseSpecial: true }), [0, 1]);
+  assert.ok(plain.encode("<|x|> \n abc", { parseSpecial: true }).length > 2);
+});
+
+Deno.test("encode: thousands of special tokens are found in a long text", () => {
+  const many = vocabulary(Array.from({ length: 6200 }, (_, i): [string, number] => [`<unused_${i.toString(16)}>`, 3]), [
+    pre("gpt-2"),
+  ]);
+  const text = "<unused_".repeat(30_000) + "<unused_17ff>";
+  const ids = many.encode(text, { parseSpecial: true });
+  assert.equal(ids.at(-1), many.encode("<unused_17ff>", { parseSpecial: true })[0]);
 });
 
 Deno.test("stream: pieces never end within a character, and joined they are what decode gives", async () => {

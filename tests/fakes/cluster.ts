@@ -21,6 +21,7 @@ const LAYERS = 6;
 const tokenizer: Tokenizer = {
   vocabSize: VOCAB,
   eosIds: new Set([0]),
+  warnings: [],
   encode: (text) => text.split(" ").filter((word) => word !== "").map(Number),
   decode: (ids) => ids.map((id) => `${id} `).join(""),
   tokenBytes: (id) => new TextEncoder().encode(`${id} `),
