@@ -1,10 +1,4 @@
-import {
-  connect,
-  createInbox,
-  credsAuthenticator,
-  errors as natsErrors,
-  nkeyAuthenticator,
-} from "@nats-io/transport-node";
+import { createInbox, credsAuthenticator, errors as natsErrors, nkeyAuthenticator } from "@nats-io/transport-node";
 import type { ConnectionOptions, Msg, NatsConnection, TlsOptions } from "@nats-io/transport-node";
 import type { Bus, BusMessage, BusState, PublishOptions, RequestOptions, Subscription } from "./bus.ts";
 import {
@@ -15,6 +9,7 @@ import {
   PayloadTooLargeError,
   RequestTimeoutError,
 } from "./errors.ts";
+import { connectGuarded } from "./nats_transport.ts";
 import { checkSubject, subjectMatcher } from "./subject.ts";
 
 /** How to reach a NATS server. Secrets are contents, not paths. */
@@ -101,7 +96,7 @@ export class NatsBus implements Bus {
     const onError = options.onError ?? ((error, subject) => console.error(`bus ${subject}:`, error));
     let nc: NatsConnection;
     try {
-      nc = await connect(settings);
+      nc = await connectGuarded(settings);
     } catch (cause) {
       throw new BusConnectError(connectProblem(shown, cause), { cause });
     }
