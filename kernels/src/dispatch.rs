@@ -15,6 +15,8 @@ pub enum Isa {
     Portable,
     Avx2,
     Avx512,
+    Neon,
+    NeonDotprod,
 }
 
 impl Isa {
@@ -24,6 +26,8 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
+            Isa::NeonDotprod => "neon-dotprod",
         }
     }
 }
@@ -96,6 +100,8 @@ pub fn available() -> Vec<&'static Kernels> {
     let mut sets: Vec<&'static Kernels> = vec![&arch::portable::KERNELS];
     #[cfg(target_arch = "x86_64")]
     sets.extend(arch::x86_64::avx2::kernels().into_iter().chain(arch::x86_64::avx512::kernels()));
+    #[cfg(target_arch = "aarch64")]
+    sets.extend(arch::aarch64::neon::kernels().into_iter().chain(arch::aarch64::dotprod::kernels()));
     sets
 }
 

@@ -472,7 +472,7 @@ pub(crate) use batched;
 /// Defines `fn dot_variants(PackedForm) -> &'static [Variant]` of a `Dot` type: every form's kernels, compiled with the features.
 macro_rules! dot_kernels {
     ($set:ty, $features:literal, $trits:pat) => {
-        use $set as Set;
+        type Set = $set;
 
         /// # Safety
         ///

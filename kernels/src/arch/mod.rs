@@ -4,6 +4,8 @@
 //! that need their own instructions (tiles of low-bit weights, quantising, table building). `portable` is plain Rust and
 //! the oracle: every other set must give the same bits. Callers reach all of it through `dispatch::Kernels`.
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod aarch64;
 pub(crate) mod dot;
 pub(crate) mod portable;
 pub(crate) mod vector;

@@ -42,6 +42,11 @@ impl Random {
     }
 }
 
+/// Of the longest loops only every n-th case is run: `LUTRA_TEST_STRIDE`, for emulators.
+pub fn stride() -> usize {
+    std::env::var("LUTRA_TEST_STRIDE").map_or(1, |n| n.parse().expect("LUTRA_TEST_STRIDE is a number"))
+}
+
 /// The same bits, or NaN both: which NaN comes out of NaNs is not specified.
 pub fn same(a: f32, b: f32) -> bool {
     a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
