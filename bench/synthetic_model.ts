@@ -11,6 +11,7 @@
  * @module
  */
 import { parseArgs } from "node:util";
+import { GGML_TYPES } from "../model/ggml_types.ts";
 
 /** Shape of a llama-architecture model. */
 export interface ModelShape {
@@ -46,37 +47,88 @@ export const SHAPES: Readonly<Record<string, ModelShape>> = {
   "smollm-135m": { embedding: 576, layers: 30, heads: 9, kvHeads: 3, feedForward: 1536, vocab: 49152, context: 2048 },
 };
 
-/** A block type: where its f16 scales (and minima) lie, and the root mean square of its codes under a scale of 1. */
-interface BlockType {
-  readonly ggml: number;
-  readonly elements: number;
-  readonly bytes: number;
-  readonly scales: readonly number[];
-  readonly minima?: readonly number[];
+/** How random bytes become a block of sane values. */
+interface BlockKind {
+  /** Root mean square of a block's values under a scale of 1. */
   readonly rms: number;
+  /** Where its f16 scale lies. */
+  readonly scale?: number;
+  /** Where its f16 minimum lies, and that as a multiple of the scale which makes the mean about 0. */
+  readonly min?: readonly [at: number, ratio: number];
+  /** What its code bytes may be, when not all: maps a random byte to one. */
+  readonly codes?: Uint8Array;
 }
 
-const TYPES: Readonly<Record<string, BlockType>> = {
-  F16: { ggml: 1, elements: 1, bytes: 2, scales: [0], rms: 1 },
-  Q4_0: { ggml: 2, elements: 32, bytes: 18, scales: [0], rms: 4.6 },
-  Q4_1: { ggml: 3, elements: 32, bytes: 20, scales: [0], minima: [2], rms: 4.6 },
-  Q5_0: { ggml: 6, elements: 32, bytes: 22, scales: [0], rms: 9.2 },
-  Q5_1: { ggml: 7, elements: 32, bytes: 24, scales: [0], minima: [2], rms: 9.2 },
-  Q8_0: { ggml: 8, elements: 32, bytes: 34, scales: [0], rms: 74 },
-  Q2_K: { ggml: 10, elements: 256, bytes: 84, scales: [80], minima: [82], rms: 14 },
-  Q3_K: { ggml: 11, elements: 256, bytes: 110, scales: [108], rms: 43 },
-  Q4_K: { ggml: 12, elements: 256, bytes: 144, scales: [0], minima: [2], rms: 290 },
-  Q5_K: { ggml: 13, elements: 256, bytes: 176, scales: [0], minima: [2], rms: 580 },
-  Q6_K: { ggml: 14, elements: 256, bytes: 210, scales: [208], rms: 1360 },
-  IQ4_NL: { ggml: 20, elements: 32, bytes: 18, scales: [0], rms: 70 },
-  TQ1_0: { ggml: 34, elements: 256, bytes: 54, scales: [52], rms: 0.82 },
-  TQ2_0: { ggml: 35, elements: 256, bytes: 66, scales: [64], rms: 1.22 },
+/** Bytes of four 2-bit codes of which none is 3, as ternary types have them. */
+const TERNARY = Uint8Array.from({ length: 256 }, (_, byte) => {
+  const digit = (power: number) => Math.floor((byte % 81) / power) % 3;
+  return digit(1) | (digit(3) << 2) | (digit(9) << 4) | (digit(27) << 6);
+});
+/** Bytes of five trits as TQ1_0 writes them. */
+const FIVE_TRITS = Uint8Array.from({ length: 256 }, (_, byte) => Math.ceil(((byte % 243) * 256) / 243));
+
+const KINDS: Readonly<Record<string, BlockKind>> = {
+  F16: { rms: 1, scale: 0 },
+  Q4_0: { rms: 4.6, scale: 0 },
+  Q4_1: { rms: 4.6, scale: 0, min: [2, -7.5] },
+  Q5_0: { rms: 9.2, scale: 0 },
+  Q5_1: { rms: 9.2, scale: 0, min: [2, -15.5] },
+  Q8_0: { rms: 74, scale: 0 },
+  Q2_K: { rms: 14, scale: 80, min: [82, 1.5] },
+  Q3_K: { rms: 43, scale: 108 },
+  Q4_K: { rms: 258, scale: 0, min: [2, 7.5] },
+  Q5_K: { rms: 527, scale: 0, min: [2, 15.5] },
+  Q6_K: { rms: 1366, scale: 208 },
+  IQ4_NL: { rms: 69, scale: 0 },
+  MXFP4: { rms: 4.6 },
+  TQ1_0: { rms: 0.82, scale: 52, codes: FIVE_TRITS },
+  TQ2_0: { rms: 0.82, scale: 64, codes: TERNARY },
+  I2_S: { rms: 0.82, codes: TERNARY },
+  L1: { rms: 0.5, scale: 0, min: [2, -0.5] },
+  L2: { rms: 1.12, scale: 0, min: [2, -1.5] },
+  L3: { rms: 2.29, scale: 0, min: [2, -3.5] },
 };
 
-/** Bits of the IEEE half float nearest to a positive normal `x`, rounded towards zero. */
+/** Types that only Lutra knows. */
+export const OWN_TYPES: readonly string[] = ["I2_S", "L1", "L2", "L3"];
+/** Types that {@linkcode writeSyntheticModel} can write. */
+export const SYNTHETIC_TYPES: readonly string[] = Object.keys(KINDS);
+
+const GGML = new Map([...GGML_TYPES.values()].map((type) => [type.name, type]));
+
+/** Bits of the half float nearest to `x`. */
 function half(x: number): number {
-  const exponent = Math.max(-14, Math.min(15, Math.floor(Math.log2(x))));
-  return ((exponent + 15) << 10) | Math.min(1023, Math.floor((x / 2 ** exponent - 1) * 1024));
+  const exponent = Math.max(-14, Math.floor(Math.log2(Math.abs(x))));
+  const bits = Math.round(Math.abs(x) * 2 ** (10 - exponent)) + (exponent + 14) * 1024; // a carry goes to the exponent
+  return (x < 0 ? 0x8000 : 0) | bits;
+}
+
+/** Makes blocks of `rms` 1 / √cols out of random bytes. */
+function shapeBlocks(bytes: Uint8Array<ArrayBuffer>, type: string, cols: number): void {
+  const kind = KINDS[type]!;
+  const { bytes: size, trailer } = GGML.get(type)!;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const end = bytes.byteLength - trailer;
+  const value = 1 / (Math.sqrt(cols) * kind.rms);
+  if (kind.codes !== undefined) { for (let at = 0; at < end; at++) bytes[at] = kind.codes[bytes[at]!]!; }
+  if (type === "MXFP4") {
+    const exponent = 128 + Math.round(Math.log2(value));
+    for (let at = 0; at < end; at += size) bytes[at] = exponent - (bytes[at]! & 1);
+  }
+  if (type === "I2_S") view.setFloat32(end, value, true);
+  if (type === "F16") {
+    // Sign and low bits are random, the exponent is not.
+    for (let at = 0; at < end; at += 2) view.setUint16(at, half(value) ^ (view.getUint16(at, true) & 0x80ff), true);
+    return;
+  }
+  if (kind.scale === undefined) return;
+  // Scales vary in their last bits, so that nothing can profit from their being equal.
+  const scale = half(value);
+  for (let at = kind.scale; at < end; at += size) view.setUint16(at, scale ^ (view.getUint16(at, true) & 15), true);
+  if (kind.min === undefined) return;
+  const [first, ratio] = kind.min;
+  const min = half(value * ratio);
+  for (let at = first; at < end; at += size) view.setUint16(at, min ^ (view.getUint16(at, true) & 15), true);
 }
 
 /** xoshiro128**, filling whole buffers; the benchmark must not wait for a cryptographic generator. */
@@ -137,8 +189,10 @@ export interface SyntheticOptions {
   readonly shape: ModelShape;
   /** Type of the blocks' matrices, as GGML names it. */
   readonly type: string;
-  /** Type of embedding and head. @default {"Q8_0"} for ternary types, else `type` */
+  /** Type of the head. Default: what llama.cpp's quantiser takes, Q6_K (Q8_0 with Q8_0, MXFP4 or rows of no whole blocks). */
   readonly headType?: string;
+  /** Type of the embedding. Default: as there, `type`, but Q4_K with ternary types (and with those of Lutra alone). */
+  readonly embeddingType?: string;
   /** @default {1} */
   readonly seed?: number;
   /** Number of layers, when not the shape's. */
@@ -149,13 +203,17 @@ export interface SyntheticOptions {
 export function writeSyntheticModel(path: string, options: SyntheticOptions): number {
   const { shape, type, seed = 1 } = options;
   const layers = options.layers ?? shape.layers;
-  const headType = options.headType ?? (type.startsWith("TQ") ? "Q8_0" : type);
   const { embedding, vocab, feedForward } = shape;
+  const whole = embedding % 256 === 0;
+  const high = type === "Q8_0" || type === "MXFP4" || !whole ? "Q8_0" : "Q6_K";
+  const headType = options.headType ?? (type === "F16" ? type : high);
+  const low = type.startsWith("TQ") || OWN_TYPES.includes(type);
+  const embeddingType = options.embeddingType ?? (low ? (whole ? "Q4_K" : "Q8_0") : type);
   const kv = (embedding / shape.heads) * shape.kvHeads;
   type Tensor = { name: string; cols: number; rows: number; type: string };
   const matrix = (name: string, cols: number, rows: number, kind = type): Tensor => ({ name, cols, rows, type: kind });
   const tensors: Tensor[] = [
-    matrix("token_embd.weight", embedding, vocab, headType),
+    matrix("token_embd.weight", embedding, vocab, embeddingType),
     matrix("output_norm.weight", embedding, 0, "F32"),
     matrix("output.weight", embedding, vocab, headType),
   ];
@@ -174,10 +232,10 @@ export function writeSyntheticModel(path: string, options: SyntheticOptions): nu
   }
   const size = (t: Tensor): number => {
     if (t.type === "F32") return 4 * t.cols;
-    const block = TYPES[t.type];
-    if (block === undefined) throw new Error(`type ${t.type} is unknown; there are ${Object.keys(TYPES).join(", ")}`);
+    const block = KINDS[t.type] === undefined ? undefined : GGML.get(t.type);
+    if (block === undefined) throw new Error(`type ${t.type} is unknown; there are ${SYNTHETIC_TYPES.join(", ")}`);
     if (t.cols % block.elements !== 0) throw new Error(`${t.name}: ${t.cols} columns are no multiple of a block`);
-    return (t.cols / block.elements) * block.bytes * t.rows;
+    return (t.cols / block.elements) * block.bytes * t.rows + block.trailer;
   };
 
   const w = new Writer();
@@ -207,7 +265,7 @@ export function writeSyntheticModel(path: string, options: SyntheticOptions): nu
     w.u32(t.rows === 0 ? 1 : 2);
     w.u64(t.cols);
     if (t.rows !== 0) w.u64(t.rows);
-    w.u32(t.type === "F32" ? 0 : TYPES[t.type]!.ggml);
+    w.u32(t.type === "F32" ? 0 : GGML.get(t.type)!.id);
     w.u64(offset);
     offset += Math.ceil(size(t) / 32) * 32;
   }
@@ -229,14 +287,7 @@ export function writeSyntheticModel(path: string, options: SyntheticOptions): nu
     }
     const words = new Uint32Array(padded / 4);
     fill(words);
-    const view = new DataView(words.buffer);
-    const block = TYPES[t.type]!;
-    const scale = half(1 / (Math.sqrt(t.cols) * block.rms));
-    for (let at = 0; at + block.bytes <= size(t); at += block.bytes) {
-      // Scales vary in their last bits, so that nothing can profit from their being equal.
-      for (const s of block.scales) view.setUint16(at + s, scale ^ (view.getUint16(at + s, true) & 0x3f), true);
-      for (const m of block.minima ?? []) view.setUint16(at + m, scale ^ (view.getUint16(at + m, true) & 0x3f), true);
-    }
+    shapeBlocks(new Uint8Array(words.buffer, 0, size(t)), t.type, t.cols);
     write(new Uint8Array(words.buffer));
   }
   return w.bytes + offset;
@@ -249,6 +300,7 @@ if (import.meta.main) {
       shape: { type: "string", default: "tinyllama-1.1b" },
       type: { type: "string", default: "Q4_0" },
       "head-type": { type: "string" },
+      "embedding-type": { type: "string" },
       layers: { type: "string" },
       out: { type: "string" },
     },
@@ -262,6 +314,7 @@ if (import.meta.main) {
     shape,
     type: values.type,
     ...(values["head-type"] === undefined ? {} : { headType: values["head-type"] }),
+    ...(values["embedding-type"] === undefined ? {} : { embeddingType: values["embedding-type"] }),
     ...(values.layers === undefined ? {} : { layers: Number(values.layers) }),
   });
   console.log(`${values.out}: ${(bytes / 1e6).toFixed(0)} MB`);

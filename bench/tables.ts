@@ -1,0 +1,70 @@
+import { table } from "../cli/inspect.ts";
+import type { CostRow, KernelRow, PeerRow } from "./rows.ts";
+import { fitLine } from "./stats.ts";
+import type { Line } from "./stats.ts";
+
+const percent = (share: number | null) => share === null ? "" : `${(100 * share).toFixed(0)} %`;
+
+/** Rows against the peer, as people read them. */
+export function describePeer(rows: readonly PeerRow[]): string[] {
+  return table(
+    ["type", "phase", "threads", "batch", "lutra tok/s", "peer tok/s", "ratio", "GB/s", "bandwidth", "share"],
+    rows.map((r) => [
+      r.type,
+      r.phase,
+      `${r.threads}`,
+      `${r.batch}`,
+      r.lutra.toFixed(1),
+      r.peer.toFixed(1),
+      r.ratio.toFixed(2),
+      r.gbps?.toFixed(1) ?? "",
+      r.bandwidth?.toFixed(1) ?? "",
+      percent(r.share),
+    ]),
+  );
+}
+
+/** Rows of kernels, as people read them. */
+export function describeKernels(rows: readonly KernelRow[]): string[] {
+  return table(
+    ["form", "codes", "kernel", "isa", "threads", "batch", "bits", "Gw/s", "GB/s", "bandwidth", "share", "cached Gw/s"],
+    rows.map((r) => [
+      r.form,
+      r.codes,
+      `${r.kernel}${r.preferred ? " *" : ""}`,
+      r.isa,
+      `${r.threads}`,
+      `${r.batch}`,
+      r.bits.toFixed(3),
+      r.gweights.toFixed(1),
+      r.gbps.toFixed(1),
+      r.bandwidth?.toFixed(1) ?? "",
+      percent(r.share),
+      r.cachedGweights.toFixed(1),
+    ]),
+  );
+}
+
+/** The cost law's points, as people read them. */
+export function describeCost(rows: readonly CostRow[]): string[] {
+  return table(
+    ["isa", "bits", "ps/weight"],
+    rows.map((r) => [r.isa, `${r.bits}`, (1000 * r.nanoseconds).toFixed(2)]),
+  );
+}
+
+/** The line through each instruction set's points: picoseconds a weight by bits. */
+export function costFits(rows: readonly CostRow[]): Map<string, Line> {
+  const sets = [...new Set(rows.map((r) => r.isa))];
+  return new Map(sets.map((isa) => {
+    const own = rows.filter((r) => r.isa === isa);
+    return [isa, fitLine(own.map((r) => [r.bits, 1000 * r.nanoseconds]))];
+  }));
+}
+
+/** The fits in words. */
+export function costLines(rows: readonly CostRow[]): string[] {
+  return [...costFits(rows)].map(([isa, { slope, intercept }]) =>
+    `${isa}: ${slope.toFixed(2)} ps/weight for each bit, and ${intercept.toFixed(2)} ps/weight whatever the bits`
+  );
+}
