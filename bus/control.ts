@@ -48,13 +48,15 @@ function checkName(value: string): string {
   return value;
 }
 
-/** A worker tells that it is there, or leaves. Sent at start, on discovery, and when it leaves. */
+/** A worker tells that it is there, or leaves. Sent at start, on discovery, while it loads, and when it leaves. */
 export const helloSchema = z.strictObject({
   type: z.literal("hello"),
   id: name,
   state: z.enum(["ready", "leaving"]),
   /** The newest epoch it has seen; 0 before the first. */
   epoch: u32,
+  /** While stages are being loaded: the share that is, 0 to 1. */
+  loading: z.number().min(0).max(1).optional(),
   versions: z.strictObject({ abi: u32, wire: u32 }),
   capabilities: z.strictObject({
     isa: z.string().max(64),
@@ -157,6 +159,8 @@ const shardStatsSchema = z.object({
   blockTokens: count,
   /** Packed weights, in bytes. */
   weightBytes: size,
+  /** Of these, bytes that came from the cache of packed weights. */
+  cachedBytes: size,
   /** Sequences with tokens in the KV cache. */
   sequences: size,
   /** Bytes read to decode one token. */

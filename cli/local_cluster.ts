@@ -3,6 +3,7 @@ import { loadModel } from "../model/mod.ts";
 import { Engine } from "../orchestrator/mod.ts";
 import type { EngineOptions } from "../orchestrator/mod.ts";
 import { loadKernels, Worker } from "../worker/mod.ts";
+import type { WorkerOptions } from "../worker/mod.ts";
 
 /** Options of {@linkcode startLocalCluster}. */
 export interface LocalClusterOptions extends Omit<EngineOptions, "bus" | "model" | "workers" | "cluster"> {
@@ -10,6 +11,8 @@ export interface LocalClusterOptions extends Omit<EngineOptions, "bus" | "model"
   threads?: number;
   /** Instruction set. Default: the best. */
   isa?: string;
+  /** Cache of packed weights on disk. Default: none. */
+  cache?: WorkerOptions["cache"];
 }
 
 /** A cluster within this process. */
@@ -25,7 +28,7 @@ export interface LocalCluster extends AsyncDisposable {
  * cluster, on one machine.
  */
 export async function startLocalCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
-  const { threads: wanted, isa, shards = 1, ...rest } = options;
+  const { threads: wanted, isa, cache = null, shards = 1, ...rest } = options;
   const model = await loadModel(path); // before anything is started: a wrong path is the likeliest error
   for (const warning of model.warnings) console.error(`warning: ${warning}`);
   const kernels = loadKernels();
@@ -46,6 +49,7 @@ export async function startLocalCluster(path: string, options: LocalClusterOptio
           kernels,
           id: `local-${i}`,
           threads,
+          cache,
           ...(isa === undefined ? {} : { isa }),
           log: (message) => console.error(message),
         }),

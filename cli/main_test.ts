@@ -10,7 +10,7 @@ async function lutra(args: string[], options: { stdin?: string; permissions?: st
     stdin: options.stdin === undefined ? "null" : "piped",
     stdout: "piped",
     stderr: "piped",
-    env: { NO_COLOR: "1" },
+    env: { NO_COLOR: "1", LUTRA_CACHE: "/dev/null" }, // nothing in the fixtures is worth an entry; nothing is kept by mistake
   }).spawn();
   if (options.stdin !== undefined) {
     const writer = child.stdin.getWriter();
@@ -136,11 +136,12 @@ for (
     ["an unknown command", ["walk"], 2, /unknown command 'walk'/],
     ["a prompt that is too long", ["run", model, "otter ".repeat(400), "--raw"], 1, /context/],
     ["more shards than layers", ["run", model, "x", "--shards", "9"], 1, /layer/],
+    ["an instruction set that is not there, by serve", ["serve", model, "--port", "0", "--isa", "mmx"], 1, /mmx/],
     ["an instruction set that is not there", ["run", model, "x", "--isa", "mmx"], 1, /mmx.*available: portable/],
   ] as const
 ) {
   Deno.test(`errors: ${what} is told in one line, without a stack`, async () => {
-    const result = await lutra([...args]);
+    const result = await lutra([...args], args[0] === "serve" ? { permissions: "serve" } : {});
     assert.equal(result.code, code, result.stderr);
     assert.match(result.stderr, message);
     assert.doesNotMatch(result.stderr, /^ +at /m);

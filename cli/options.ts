@@ -32,6 +32,8 @@ export interface ClusterFlags {
   context?: number;
   kv?: "f16" | "f32";
   isa?: string;
+  /** False: `--no-cache`. */
+  cache?: boolean;
 }
 
 /** Adds the options of {@linkcode ClusterFlags}. */
@@ -41,13 +43,31 @@ export function withClusterOptions(command: Command): Command {
     .option("--threads <n>", "threads of each worker (default: the cores, divided by the shards)", integer(1))
     .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
     .addOption(new Option("--kv <type>", "element type of the KV cache").choices(["f16", "f32"]).default("f16"))
-    .option("--isa <name>", "instruction set of the kernels (default: the best)");
+    .option("--isa <name>", "instruction set of the kernels (default: the best)")
+    .option("--no-cache", "do not keep packed weights on disk for the next start");
+}
+
+/** Bytes of packed weights that are kept on disk, unless `LUTRA_CACHE_GB` says otherwise. */
+const CACHE_BYTES = 16e9;
+
+/**
+ * The cache of packed weights: in the folder that the environment names (`LUTRA_CACHE`, `XDG_CACHE_HOME`), of at most
+ * `LUTRA_CACHE_GB` × 10⁹ bytes.
+ */
+function cacheChoice(): { maxBytes: number } {
+  const text = Deno.env.get("LUTRA_CACHE_GB") ?? "";
+  const gigabytes = Number(text);
+  if (!(gigabytes >= 0 && gigabytes <= 1e6)) {
+    throw new InvalidArgumentError("LUTRA_CACHE_GB must be a number of gigabytes.");
+  }
+  return { maxBytes: text === "" ? CACHE_BYTES : Math.round(1e9 * gigabytes) };
 }
 
 /** The cluster's options that the flags stand for. */
 export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
-  const { shards, threads, context, kv, isa } = flags;
+  const { shards, threads, context, kv, isa, cache } = flags;
   return {
+    cache: cache === false ? null : cacheChoice(),
     ...(shards === undefined ? {} : { shards }),
     ...(threads === undefined ? {} : { threads }),
     ...(context === undefined ? {} : { context }),

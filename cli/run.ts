@@ -3,8 +3,10 @@ import process from "node:process";
 import type { Command } from "commander";
 import type { ChatMessage } from "../model/mod.ts";
 import type { Engine, GenerateRequest, Usage } from "../orchestrator/mod.ts";
+import { LoadingLine } from "./loading.ts";
 import { startLocalCluster } from "./local_cluster.ts";
 import { clusterOptions, integer, samplingOptions, withClusterOptions, withSamplingOptions } from "./options.ts";
+import type { LocalCluster } from "./local_cluster.ts";
 import type { ClusterFlags, SamplingFlags } from "./options.ts";
 
 interface RunFlags extends ClusterFlags, SamplingFlags {
@@ -29,11 +31,16 @@ export function addRun(program: Command): void {
   withSamplingOptions(withClusterOptions(command)).action(
     async (path: string, prompt: string | undefined, flags: RunFlags) => {
       const text = prompt === "-" ? (await new Response(Deno.stdin.readable).text()).trimEnd() : prompt;
-      await using cluster = await startLocalCluster(path, clusterOptions(flags));
+      await using cluster = await load(path, flags);
       if (text === undefined) await converse(cluster.engine, flags);
       else await answerOnce(cluster.engine, text, flags);
     },
   );
+}
+
+async function load(path: string, flags: ClusterFlags): Promise<LocalCluster> {
+  using line = new LoadingLine();
+  return await startLocalCluster(path, { ...clusterOptions(flags), onLoading: line.show });
 }
 
 interface Answer {

@@ -1,6 +1,8 @@
 import type { Command } from "commander";
-import { createApp } from "../orchestrator/api/mod.ts";
+import { createApp, createLoadingApp } from "../orchestrator/api/mod.ts";
+import { LoadingLine } from "./loading.ts";
 import { startLocalCluster } from "./local_cluster.ts";
+import type { LocalCluster } from "./local_cluster.ts";
 import { clusterOptions, integer, withClusterOptions } from "./options.ts";
 import type { ClusterFlags } from "./options.ts";
 
@@ -24,26 +26,29 @@ export function addServe(program: Command): void {
     .option("--kv-tokens <n>", "tokens that the KV cache holds over all requests", integer(2));
   withClusterOptions(command).action(async (path: string, flags: ServeFlags) => {
     const apiKey = flags.apiKey ?? Deno.env.get("LUTRA_API_KEY");
-    await using cluster = await startLocalCluster(path, {
-      ...clusterOptions(flags),
-      ...(flags.kvTokens === undefined ? {} : { kvTokens: flags.kvTokens }),
+    // The port is open at once, so that clients and probes learn how far loading is.
+    let loaded = 0;
+    let answer = createLoadingApp(() => loaded).fetch;
+    const listening = Promise.withResolvers<Deno.NetAddr>();
+    const server = Deno.serve(
+      { hostname: flags.host, port: flags.port, onListen: listening.resolve },
+      (request) => answer(request),
+    );
+    await using cluster = await load(path, flags, (fraction) => loaded = fraction).catch(async (error) => {
+      await server.shutdown();
+      throw error;
     });
     const { engine, threads } = cluster;
-    const app = createApp({
+    answer = createApp({
       engine,
       page: Deno.readTextFileSync(new URL("../orchestrator/page/page.html", import.meta.url)),
       ...(apiKey === undefined || apiKey === "" ? {} : { apiKey }),
       ...(flags.cors === true ? { cors: true } : {}),
-    });
-    const server = Deno.serve({
-      hostname: flags.host,
-      port: flags.port,
-      onListen: ({ hostname, port }) => {
-        const shown = hostname === "0.0.0.0" ? "127.0.0.1" : hostname.includes(":") ? `[${hostname}]` : hostname;
-        const stages = engine.stats().stages.length;
-        console.log(`${engine.model.id} on http://${shown}:${port} (API under /v1, ${stages} × ${threads} threads)`);
-      },
-    }, app.fetch);
+    }).fetch;
+    const { hostname, port } = await listening.promise;
+    const shown = hostname === "0.0.0.0" ? "127.0.0.1" : hostname.includes(":") ? `[${hostname}]` : hostname;
+    const stages = engine.stats().stages.length;
+    console.log(`${engine.model.id} on http://${shown}:${port} (API under /v1, ${stages} × ${threads} threads)`);
     let stopping = false;
     const end = () => {
       // The first signal: no new requests, running ones are answered. The second: at once.
@@ -56,5 +61,17 @@ export function addServe(program: Command): void {
     for (const signal of signals) Deno.addSignalListener(signal, end);
     await server.finished;
     for (const signal of signals) Deno.removeSignalListener(signal, end);
+  });
+}
+
+async function load(path: string, flags: ServeFlags, onLoading: (fraction: number) => void): Promise<LocalCluster> {
+  using line = new LoadingLine();
+  return await startLocalCluster(path, {
+    ...clusterOptions(flags),
+    ...(flags.kvTokens === undefined ? {} : { kvTokens: flags.kvTokens }),
+    onLoading: (fraction) => {
+      onLoading(fraction);
+      line.show(fraction);
+    },
   });
 }

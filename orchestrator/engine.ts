@@ -42,6 +42,8 @@ export interface EngineOptions {
   loadTimeoutMs?: number;
   /** Milliseconds that a micro-batch may take through all stages. @default {120000} */
   stepTimeoutMs?: number;
+  /** Told from time to time which share of the model is loaded, 0 to 1. */
+  onLoading?: (fraction: number) => void;
   /** Ends the start. */
   signal?: AbortSignal;
 }
@@ -117,9 +119,15 @@ export class Engine {
     }
 
     let engine: Engine | undefined;
+    const loaded = new Map<string, number>();
     const membership = new Membership(bus, cluster, {
       onLeave: (id) => {
         if (engine !== undefined) engine.#onLeave(id);
+      },
+      onLoading: (id, fraction) => {
+        if (engine !== undefined || !loaded.has(id)) return;
+        loaded.set(id, fraction);
+        options.onLoading?.([...loaded.values()].reduce((sum, share) => sum + share, 0) / loaded.size);
       },
     });
     try {
@@ -134,6 +142,7 @@ export class Engine {
         devices,
         options.shards === undefined ? {} : { shards: options.shards },
       );
+      for (const { worker } of placement) loaded.set(worker, 0);
       const settings = { path: model.path, kv, maxBatch, context };
       const pipeline = await Pipeline.load({
         bus,

@@ -27,6 +27,22 @@ Deno.test("Engine.generate: gives the reference's tokens on 1, 2 and 5 shards, o
   }
 });
 
+Deno.test("Engine.start: tells how much of the model all its workers have loaded", async () => {
+  const told: number[] = [];
+  const kernels = { progress: [0.25, 0.75] };
+  const t = await fakeCluster({
+    shards: 2,
+    workerCount: 2,
+    workers: 2,
+    kernels,
+    onLoading: (share) => told.push(share),
+  });
+  assert.deepEqual(told.toSorted(), told);
+  assert.equal(told.length, 4);
+  assert.equal(told.at(-1), 0.75);
+  await t.end();
+});
+
 Deno.test("Engine.generate: without maxTokens it goes to the context's end, filling KV cache and context exactly", async () => {
   for (const context of [64, 65, 96]) {
     const t = await fakeCluster({ context, kvTokens: 64 });

@@ -3,12 +3,14 @@ import type { Bus, Hello, Subscription } from "../bus/mod.ts";
 import { ClusterError } from "./errors.ts";
 
 /** The C ABI version of the workers that this orchestrator works with. */
-export const WORKER_ABI_VERSION = 1;
+export const WORKER_ABI_VERSION = 2;
 
 /** Options of {@linkcode Membership}. */
 export interface MembershipOptions {
   /** Told when a worker says that it leaves. */
   onLeave?: (id: string) => void;
+  /** Told which share of its stages a worker has loaded, 0 to 1. */
+  onLoading?: (id: string, fraction: number) => void;
 }
 
 /** Options of {@linkcode Membership.waitFor}. */
@@ -24,6 +26,7 @@ export class Membership {
   readonly #discover: string;
   readonly #subscription: Subscription;
   readonly #onLeave: (id: string) => void;
+  readonly #onLoading: (id: string, fraction: number) => void;
   readonly #workers = new Map<string, Hello>();
   /** Workers of other versions, and why they are refused. */
   readonly #refused = new Map<string, string>();
@@ -34,6 +37,7 @@ export class Membership {
     this.#bus = bus;
     this.#discover = subjects.discover;
     this.#onLeave = options.onLeave ?? (() => {});
+    this.#onLoading = options.onLoading ?? (() => {});
     this.#subscription = bus.subscribe(subjects.hello, (message) => this.#onHello(message.data));
   }
 
@@ -108,6 +112,7 @@ export class Membership {
     } else {
       this.#refused.delete(id);
       this.#workers.set(id, hello);
+      if (hello.loading !== undefined) this.#onLoading(id, hello.loading);
     }
     for (const wake of this.#changed.splice(0)) wake();
   }

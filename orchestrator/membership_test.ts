@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
-import { clusterSubjects, encodeJson, InProcessBus } from "../bus/mod.ts";
+import { clusterSubjects, encodeJson, InProcessBus, WIRE_VERSION } from "../bus/mod.ts";
 import type { Hello } from "../bus/mod.ts";
-import { Membership } from "./membership.ts";
+import { Membership, WORKER_ABI_VERSION } from "./membership.ts";
 
 const { hello: subject, discover } = clusterSubjects("local");
 
@@ -11,7 +11,7 @@ function hello(id: string, change: Partial<Hello> = {}): Uint8Array {
     id,
     state: "ready",
     epoch: 0,
-    versions: { abi: 1, wire: 1 },
+    versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION },
     capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null },
     ...change,
   });
@@ -38,7 +38,8 @@ Deno.test("Membership: a wait ends with the reason, refused versions named, or w
   bus.publish(subject, Uint8Array.of(1));
   await assert.rejects(membership.waitFor(1, { timeoutMs: 5 }), {
     name: "ClusterError",
-    message: "0 of 1 workers are there after 0.005 s; refused: old has wire version 1 and ABI version 9, not 1 and 1",
+    message:
+      `0 of 1 workers are there after 0.005 s; refused: old has wire version 1 and ABI version 9, not ${WIRE_VERSION} and ${WORKER_ABI_VERSION}`,
   });
   const controller = new AbortController();
   const waiting = membership.waitFor(1, { timeoutMs: 1000, signal: controller.signal });

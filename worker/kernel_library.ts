@@ -3,10 +3,10 @@ import { fileURLToPath } from "node:url";
 import { z } from "zod";
 import type { Shard, ShardStats } from "../bus/mod.ts";
 import { KernelError, KernelLibraryError } from "./errors.ts";
-import type { DeviceInfo, KernelLibrary, ShardChoices, ShardHandle } from "./kernels.ts";
+import type { DeviceInfo, KernelLibrary, OpenShardOptions, ShardChoices, ShardHandle } from "./kernels.ts";
 
 /** The version of the C ABI that this file speaks. */
-export const ABI_VERSION = 1;
+export const ABI_VERSION = 2;
 
 /**
  * The C ABI. Every function but the first returns a count ≥ 0 or a negative error code, and then has written a u32 length
@@ -23,9 +23,10 @@ const SYMBOLS = {
     result: "i32",
     nonblocking: true,
   },
-  // int32_t lutra_shard_open(const uint8_t *descriptor, size_t descriptor_len, uint32_t *handle, size_t handle_len, uint8_t *err, size_t err_len);
+  // int32_t lutra_shard_open(const uint8_t *descriptor, size_t descriptor_len, const uint64_t *progress, size_t progress_len,
+  //   uint32_t *handle, size_t handle_len, uint8_t *err, size_t err_len);
   lutra_shard_open: {
-    parameters: ["buffer", "usize", "buffer", "usize", "buffer", "usize"],
+    parameters: ["buffer", "usize", "buffer", "usize", "buffer", "usize", "buffer", "usize"],
     result: "i32",
     nonblocking: true,
   },
@@ -90,6 +91,8 @@ type Bytes = Uint8Array<ArrayBuffer>;
 
 const ERROR_BYTES = 2048;
 const JSON_BYTES = 1 << 14;
+/** Milliseconds between two looks at a shard's progress. */
+const PROGRESS_MS = 100;
 
 const deviceInfoSchema = z.object({
   isa: z.string(),
@@ -101,6 +104,7 @@ const statsSchema = z.object({
   kvBlocksFree: z.number(),
   blockTokens: z.number().int().positive(),
   weightBytes: z.number(),
+  cachedBytes: z.number(),
   sequences: z.number(),
   weightBytesPerToken: z.number(),
 });
@@ -174,9 +178,13 @@ function fixed(bytes: number): Bytes {
 /** Throws the error in `err` when `code` is one, else returns it. */
 function unwrap(code: number, err: Bytes): number {
   if (code >= 0) return code;
+  throw new KernelError(code, textOf(err) || `kernel library error ${code}`);
+}
+
+/** The text that a call has written to `err`. */
+function textOf(err: Bytes): string {
   const length = Math.min(new DataView(err.buffer).getUint32(0, true), err.byteLength - 4);
-  const text = new TextDecoder().decode(err.subarray(4, 4 + length));
-  throw new KernelError(code, text || `kernel library error ${code}`);
+  return new TextDecoder().decode(err.subarray(4, 4 + length));
 }
 
 /** The bytes of a typed array, as the FFI takes them. */
@@ -223,19 +231,33 @@ class Library implements LoadedKernels {
     return new DataView(out.buffer).getFloat64(0, true);
   }
 
-  async openShard(shard: Shard, choices: ShardChoices): Promise<ShardHandle> {
+  async openShard(shard: Shard, choices: ShardChoices, options: OpenShardOptions = {}): Promise<ShardHandle> {
     const descriptor = new TextEncoder().encode(JSON.stringify({ ...shard, ...choices }));
     const handle = fixed(4);
     const err = fixed(ERROR_BYTES);
-    const code = await this.#symbols.lutra_shard_open(
-      descriptor,
-      BigInt(descriptor.byteLength),
-      handle,
-      BigInt(handle.byteLength),
-      err,
-      BigInt(err.byteLength),
-    );
-    unwrap(code, err);
+    const progress = new BigUint64Array(new ArrayBuffer(16));
+    const { onProgress, onNote } = options;
+    const look = () => {
+      const total = Number(Atomics.load(progress, 1));
+      if (total > 0) onProgress?.(Math.min(1, Number(Atomics.load(progress, 0)) / total));
+    };
+    const timer = onProgress === undefined ? undefined : setInterval(look, PROGRESS_MS);
+    let code: number;
+    try {
+      code = await this.#symbols.lutra_shard_open(
+        descriptor,
+        BigInt(descriptor.byteLength),
+        progress,
+        BigInt(progress.byteLength),
+        handle,
+        BigInt(handle.byteLength),
+        err,
+        BigInt(err.byteLength),
+      );
+    } finally {
+      clearInterval(timer);
+    }
+    if (unwrap(code, err) > 0) onNote?.(textOf(err));
     return new Handle(this.#symbols, new DataView(handle.buffer).getUint32(0, true));
   }
 

@@ -82,3 +82,64 @@ Deno.test("openShard: a description that the file does not bear out is refused w
   });
   await assert.rejects(kernels.openShard(fakeShard({ path: fixture("llama-tiny-f32.gguf") }), choices), KernelError);
 });
+
+Deno.test("openShard: keeps packed weights in the cache, and tells of one that it cannot use", async () => {
+  const kernels = loadKernels();
+  // One matrix that is worth an entry: 4096 × 256 of F32 in a file of its own.
+  const [rows, cols] = [4096, 256];
+  const shape = { ...fakeShard({ layers: 1, vocab: rows, embedding: cols }) };
+  const dir = Deno.makeTempDirSync();
+  try {
+    const path = `${dir}/weights`;
+    const floats = new Float32Array(cols * (rows + 16 * cols));
+    floats.forEach((_, i) => floats[i] = (i % 251) / 251);
+    Deno.writeFileSync(path, new Uint8Array(floats.buffer));
+    const tensor = (...shape: number[]) => ({
+      name: "t",
+      type: 0,
+      shape,
+      offset: 0,
+      bytes: 4 * shape.reduce((product, size) => product * size, 1),
+    });
+    const [vector, square] = [tensor(cols), tensor(cols, cols)];
+    const norms = { attnNorm: vector, ffnNorm: vector };
+    const parts = { q: square, k: square, v: square, o: square, gate: square, up: square, down: square };
+    const shard = {
+      ...shape,
+      path,
+      kv: { type: "f16", tokens: 32 } as const,
+      embedding: tensor(cols, rows),
+      head: { norm: vector, output: tensor(cols, rows) },
+      layers: [{ ...norms, ...parts }],
+    };
+    const open = async (cacheDir: string) => {
+      const notes: string[] = [];
+      const progress: number[] = [];
+      const options = {
+        onNote: (text: string) => notes.push(text),
+        onProgress: (fraction: number) => progress.push(fraction),
+      };
+      const choices = { threads: 1, isa: null, cache: { dir: cacheDir, maxBytes: 1e9 } };
+      const handle = await kernels.openShard(shard, choices, options);
+      const { cachedBytes } = handle.stats();
+      handle.close();
+      assert.ok(progress.every((fraction) => fraction >= 0 && fraction <= 1));
+      return { notes, cachedBytes };
+    };
+    await new Promise((resolve) => setTimeout(resolve, 3100)); // a file that changed just now is not kept
+    const cache = `${dir}/cache`;
+    assert.deepEqual(await open(cache), { notes: [], cachedBytes: 0 });
+    assert.deepEqual(await open(cache), { notes: [], cachedBytes: 4 * rows * cols });
+    const entries = [...Deno.readDirSync(`${cache}/weights`)];
+    assert.equal(entries.length, 1);
+    Deno.truncateSync(`${cache}/weights/${entries[0]!.name}`, 5000);
+    const damaged = await open(cache);
+    assert.equal(damaged.cachedBytes, 0);
+    assert.match(damaged.notes.join(), /packed anew/);
+    const useless = await open(path);
+    assert.equal(useless.cachedBytes, 0);
+    assert.match(useless.notes.join(), /no cache of packed weights/);
+  } finally {
+    Deno.removeSync(dir, { recursive: true });
+  }
+});

@@ -16,6 +16,19 @@ export interface ShardChoices {
   readonly threads: number;
   /** Instruction set; `null` takes the best. */
   readonly isa: string | null;
+  /**
+   * Whether packed weights are kept on disk for the next start: in `dir`, by default the user's cache folder (`LUTRA_CACHE`
+   * names another), and in all at most so many bytes, of which those go first that were not used for longest.
+   */
+  readonly cache?: { readonly dir?: string; readonly maxBytes: number } | null;
+}
+
+/** Options of {@linkcode KernelLibrary.openShard}. */
+export interface OpenShardOptions {
+  /** Told from time to time how much is done, 0 to 1. */
+  onProgress?: (fraction: number) => void;
+  /** Told of troubles that only cost time: a damaged cache, a full disk. */
+  onNote?: (text: string) => void;
 }
 
 /**
@@ -29,11 +42,11 @@ export interface KernelLibrary {
   /** Memory read bandwidth in GB/s, over a buffer of `mebibytes`. */
   measureBandwidth(threads: number, mebibytes: number): Promise<number>;
   /**
-   * Maps and packs a shard's weights.
+   * Packs a shard's weights, or reads them from the cache.
    *
    * @throws {KernelError} naming the tensor, when the file is not what the description says.
    */
-  openShard(shard: Shard, choices: ShardChoices): Promise<ShardHandle>;
+  openShard(shard: Shard, choices: ShardChoices, options?: OpenShardOptions): Promise<ShardHandle>;
 }
 
 /** An open shard. One `forward` at a time; the other calls wait for it, blocking, so make them between two. */

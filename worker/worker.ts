@@ -14,7 +14,7 @@ import {
 } from "../bus/mod.ts";
 import type { Bus, BusMessage, ControlReply, ControlRequest, Hello, Shard, Subscription } from "../bus/mod.ts";
 import { KernelError, WorkerError } from "./errors.ts";
-import type { KernelLibrary, ShardHandle } from "./kernels.ts";
+import type { KernelLibrary, ShardChoices, ShardHandle } from "./kernels.ts";
 import { Stage } from "./stage.ts";
 import type { QueuedStep } from "./stage.ts";
 
@@ -30,6 +30,8 @@ export interface WorkerOptions {
   threads?: number;
   /** Instruction set. Default: the best. */
   isa?: string;
+  /** Cache of packed weights on disk. Default: none. */
+  cache?: ShardChoices["cache"];
   /** Bytes offered for weights and KV cache. Default: the memory available now. */
   memoryBytes?: number;
   /**
@@ -37,7 +39,7 @@ export interface WorkerOptions {
    * Default: not known, and workers count as equally fast.
    */
   bandwidthGBps?: number | "measure";
-  /** Told of dropped messages: of each kind the first, second, fourth, eighth… Default: `console.warn`. */
+  /** Told of dropped messages, of each kind the first, second, fourth, eighth…, and of a cache's troubles. Default: `console.warn`. */
   log?: (message: string) => void;
 }
 
@@ -121,12 +123,14 @@ export class Worker {
     await this.#change(() => this.#closeStages());
   }
 
-  #announce(state: Hello["state"]): void {
+  /** @param loading The share of the stages that is loaded, while they are. */
+  #announce(state: Hello["state"], loading?: number): void {
     const hello: Hello = {
       type: "hello",
       id: this.id,
       state,
       epoch: this.#epoch,
+      ...(loading === undefined ? {} : { loading }),
       versions: { abi: this.#kernels.abiVersion, wire: WIRE_VERSION },
       capabilities: this.#capabilities,
     };
@@ -193,8 +197,11 @@ export class Worker {
         const keep = kept[i];
         let handle: ShardHandle;
         if (keep === undefined) {
-          const choices = { threads: this.#threads, isa: this.#options.isa ?? null };
-          handle = await this.#kernels.openShard(wanted.shard, choices);
+          const { isa = null, cache = null } = this.#options;
+          handle = await this.#kernels.openShard(wanted.shard, { threads: this.#threads, isa, cache }, {
+            onProgress: (fraction) => this.#tellLoading((i + fraction) / request.stages.length),
+            onNote: (text) => this.#log(`worker ${this.id}: ${text}`),
+          });
         } else {
           keep.freeAll();
           spare.splice(spare.indexOf(keep), 1);
@@ -215,6 +222,14 @@ export class Worker {
     }
     this.#stages = opened;
     this.#loaded = content;
+  }
+
+  #tellLoading(fraction: number): void {
+    try {
+      this.#announce("ready", fraction);
+    } catch (error) {
+      if (!(error instanceof BusError)) throw error; // nobody hears it; what was asked for is loaded all the same
+    }
   }
 
   async #unload(epoch: number): Promise<void> {

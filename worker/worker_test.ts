@@ -129,6 +129,14 @@ Deno.test("Worker: announces itself at start, on discovery, and when it leaves",
   await t.end();
 });
 
+Deno.test("Worker: tells how far loading is, and what its cache lacks", async () => {
+  const t = await start({ progress: [0, 0.5, 1], note: "the disk is full" });
+  await t.load();
+  assert.deepEqual(t.hellos.map((hello) => hello.loading), [undefined, 0, 0.5, 1]);
+  assert.deepEqual(t.log, ["worker a: the disk is full"]);
+  await t.end();
+});
+
 Deno.test("Worker: computes prefill and decode of a whole model", async () => {
   const t = await start();
   await t.load();

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::pack::SourceType;
+use crate::weight_cache::CacheChoice;
 use serde::Deserialize;
 
 /// Bounds on a model's dimensions, far above any real model: products of two fit `usize` and a KV position is cheap.
@@ -101,6 +102,9 @@ pub struct Descriptor {
     pub path: String,
     pub threads: usize,
     pub isa: Option<String>,
+    /// Where packed weights are kept; nowhere if absent.
+    #[serde(default)]
+    pub cache: Option<CacheChoice>,
     pub kv: Kv,
     /// Most tokens of a micro-batch.
     pub max_batch: usize,

@@ -1,6 +1,6 @@
 //! The C ABI: the only exported symbols.
 //!
-//! Every function returns a count ≥ 0 or a negative code (`Error`), and in that case writes to `err` a `u32` length and
+//! Every function returns a number ≥ 0 or a negative code (`Error`), and in that case writes to `err` a `u32` length and
 //! so many bytes of UTF-8 text. Buffers belong to the caller and are used during the call only; null is fine where the
 //! length is 0. No panic leaves a function. Shards are known by handles that are never reused while the process lives.
 
@@ -10,14 +10,14 @@ use crate::error::{Error, Result};
 use crate::matmul::{matmul, Activations};
 use crate::pack::{pack, SourceType};
 use crate::pool::Pool;
-use crate::shard::Shard;
+use crate::shard::{Progress, Shard};
 use std::collections::HashMap;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Version of this interface.
-pub const ABI_VERSION: i32 = 1;
+pub const ABI_VERSION: i32 = 2;
 
 struct Shards {
     open: HashMap<u32, Arc<Shard>>,
@@ -50,20 +50,29 @@ fn guard(err: *mut u8, err_len: usize, f: impl FnOnce() -> Result<i32>) -> i32 {
     match outcome {
         Ok(value) => value,
         Err(error) => {
-            if !err.is_null() && err_len >= 4 {
-                let text = error.message.as_bytes();
-                let mut n = text.len().min(err_len - 4).min(u32::MAX as usize);
-                while !error.message.is_char_boundary(n) {
-                    n -= 1;
-                }
-                // SAFETY: the caller vouches for err_len bytes at err, and 4 + n ≤ err_len.
-                unsafe {
-                    core::ptr::copy_nonoverlapping((n as u32).to_le_bytes().as_ptr(), err, 4);
-                    core::ptr::copy_nonoverlapping(text.as_ptr(), err.add(4), n);
-                }
-            }
+            // SAFETY: the caller vouches for err_len bytes at err.
+            unsafe { tell(err, err_len, &error.message) };
             error.code.min(-1)
         }
+    }
+}
+
+/// Writes a text, cut to what fits, behind its length.
+///
+/// # Safety
+/// `err` is valid for `err_len` bytes, or null.
+unsafe fn tell(err: *mut u8, err_len: usize, text: &str) {
+    if err.is_null() || err_len < 4 {
+        return;
+    }
+    let mut n = text.len().min(err_len - 4).min(u32::MAX as usize);
+    while !text.is_char_boundary(n) {
+        n -= 1;
+    }
+    // SAFETY: the caller vouches for err_len bytes at err, and 4 + n ≤ err_len.
+    unsafe {
+        core::ptr::copy_nonoverlapping((n as u32).to_le_bytes().as_ptr(), err, 4);
+        core::ptr::copy_nonoverlapping(text.as_ptr(), err.add(4), n);
     }
 }
 
@@ -176,14 +185,18 @@ pub unsafe extern "C" fn lutra_measure_bandwidth(
     })
 }
 
-/// Opens a shard and writes its handle.
+/// Opens a shard and writes its handle. `progress`, unless its length is 0, receives two `u64`s while the call runs: parts
+/// done, and parts in all. Returns 1 instead of 0 when the shard is open but something went wrong that only costs time (its
+/// cache of packed weights): then `err` says what, as for an error.
 ///
 /// # Safety
-/// Each pointer is valid for its length.
+/// Each pointer is valid for its length; `progress` is aligned for a u64, and others access it atomically only.
 #[no_mangle]
 pub unsafe extern "C" fn lutra_shard_open(
     descriptor: *const u8,
     descriptor_len: usize,
+    progress: *const u8,
+    progress_len: usize,
     handle: *mut u8,
     handle_len: usize,
     err: *mut u8,
@@ -195,7 +208,17 @@ pub unsafe extern "C" fn lutra_shard_open(
         if handle.is_null() || handle_len < 4 {
             return Err(Error::argument("handle needs 4 bytes"));
         }
-        let shard = Arc::new(Shard::open(&Descriptor::parse(json)?)?);
+        let unwatched = Progress::default();
+        let progress = if progress_len == 0 {
+            &unwatched
+        } else if progress.is_null() || progress_len < size_of::<Progress>() || progress.align_offset(8) != 0 {
+            return Err(Error::argument("progress needs 16 aligned bytes"));
+        } else {
+            // SAFETY: not null, long enough and aligned; any bits are two u64; others access it atomically.
+            unsafe { &*progress.cast::<Progress>() }
+        };
+        let shard = Arc::new(Shard::open_watched(&Descriptor::parse(json)?, progress)?);
+        let notes = shard.notes().join("; ");
         let number = with_shards(|s| {
             let number = s.next;
             s.next = s.next.checked_add(1)?;
@@ -205,7 +228,12 @@ pub unsafe extern "C" fn lutra_shard_open(
         .ok_or_else(|| Error::new(Error::EXHAUSTED, "all handles are used up"))?;
         // SAFETY: the caller's.
         unsafe { output(handle, handle_len, &number.to_le_bytes(), "handle")? };
-        Ok(0)
+        if notes.is_empty() {
+            return Ok(0);
+        }
+        // SAFETY: the caller's.
+        unsafe { tell(err, err_len, &notes) };
+        Ok(1)
     })
 }
 

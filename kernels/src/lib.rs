@@ -31,6 +31,7 @@ pub mod kv;
 pub mod mapping;
 pub mod sampling;
 pub mod shard;
+pub mod weight_cache;
 
 pub use dispatch::{available, select, Isa, Kernels, Variant};
 pub use error::{Error, Result};

@@ -1,4 +1,4 @@
-//! The model file, mapped read-only. The only file the kernels open.
+//! The model file, mapped read-only. The only file the kernels open beside their cache.
 
 use crate::descriptor::TensorRef;
 use crate::error::{Error, Result};
@@ -8,6 +8,7 @@ use std::fs::File;
 /// A mapped model file.
 pub struct ModelFile {
     map: Mmap,
+    file: File,
 }
 
 impl ModelFile {
@@ -20,7 +21,12 @@ impl ModelFile {
         // SAFETY: the map is read while packing only. Should another process truncate the file meanwhile, the kernel
         // raises SIGBUS; that cannot be excluded for any mapped file, and model files are written once.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Ok(Self { map })
+        Ok(Self { map, file })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// A tensor's bytes.

@@ -5,4 +5,5 @@
  * @module
  */
 export { createApp } from "./app.ts";
+export { createLoadingApp } from "./loading.ts";
 export type { AppOptions } from "./app.ts";

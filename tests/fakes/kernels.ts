@@ -8,7 +8,7 @@
 import { decodeBatch, decodeSample, MAX_TOP_LOGPROBS } from "../../bus/mod.ts";
 import type { SampleParameters, Shard, ShardStats } from "../../bus/mod.ts";
 import { KernelError, KernelErrorCode } from "../../worker/errors.ts";
-import type { DeviceInfo, KernelLibrary, ShardHandle } from "../../worker/kernels.ts";
+import type { DeviceInfo, KernelLibrary, OpenShardOptions, ShardChoices, ShardHandle } from "../../worker/kernels.ts";
 
 const BLOCK = 32;
 
@@ -25,11 +25,15 @@ function mix(a: number, b: number): number {
 export interface FakeKernelsOptions {
   /** Called before each layer with its index; may delay or throw. */
   beforeLayer?: (layer: number) => Promise<void> | void;
+  /** What `openShard` tells of its progress. */
+  progress?: readonly number[];
+  /** What it tells of its cache. */
+  note?: string;
 }
 
 /** The library. */
 export class FakeKernels implements KernelLibrary {
-  readonly abiVersion = 1;
+  readonly abiVersion = 2;
   /** All shards ever opened. */
   readonly shards: FakeShard[] = [];
   readonly options: FakeKernelsOptions;
@@ -46,10 +50,12 @@ export class FakeKernels implements KernelLibrary {
     return Promise.resolve(10);
   }
 
-  openShard(shard: Shard): Promise<FakeShard> {
+  openShard(shard: Shard, _choices: ShardChoices, told: OpenShardOptions = {}): Promise<FakeShard> {
     if (shard.path.includes("missing")) {
       return Promise.reject(new KernelError(KernelErrorCode.io, `${shard.path}: no such file`));
     }
+    for (const fraction of this.options.progress ?? []) told.onProgress?.(fraction);
+    if (this.options.note !== undefined) told.onNote?.(this.options.note);
     const opened = new FakeShard(shard, this.options);
     this.shards.push(opened);
     return Promise.resolve(opened);
@@ -107,6 +113,7 @@ export class FakeShard implements ShardHandle {
       kvBlocksFree: this.#blocks - this.#used(this.sequences.values()),
       blockTokens: BLOCK,
       weightBytes: 1000,
+      cachedBytes: 0,
       sequences: this.sequences.size,
       weightBytesPerToken: 1000,
     };

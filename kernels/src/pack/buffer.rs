@@ -70,14 +70,15 @@ impl Buffer {
         Ok(Buffer { start, len, memory: Memory::Map { base, len: map_len } })
     }
 
-    /// Calls `f(index, chunk)` for every chunk of `size` bytes, spread over the pool.
+    /// Calls `f(index, chunk)` for every chunk of `size` bytes (the last may be shorter), spread over the pool.
     pub fn par_chunks(&mut self, pool: &Pool, size: usize, f: impl Fn(usize, &mut [u8]) + Sync) {
-        assert!(size > 0 && self.len % size == 0, "chunks of {size} do not divide {} bytes", self.len);
-        let base = self.start.as_ptr() as usize;
-        pool.run(self.len / size, &|index| {
+        assert!(size > 0, "chunks of no bytes");
+        let (base, len) = (self.start.as_ptr() as usize, self.len);
+        pool.run(len.div_ceil(size), &|index| {
+            let at = index * size;
             // SAFETY: chunk `index` lies within the buffer, which is borrowed mutably here, and the pool hands out every
             // index once.
-            f(index, unsafe { std::slice::from_raw_parts_mut((base + index * size) as *mut u8, size) });
+            f(index, unsafe { std::slice::from_raw_parts_mut((base + at) as *mut u8, size.min(len - at)) });
         });
     }
 }

@@ -254,6 +254,25 @@ impl PackedMatrix {
         self.rows.div_ceil(self.form.tile_rows())
     }
 
+    /// A matrix whose `data` was one's before.
+    pub(crate) fn from_data(form: PackedForm, rows: usize, cols: usize, scale: f32, data: Buffer) -> Result<Self> {
+        if packed_bytes(form, rows, cols)? != data.len() {
+            return Err(Error::data(format!("{} bytes are not {rows} × {cols} weights in {form:?}", data.len())));
+        }
+        let tile_bytes = form.tile_bytes(cols).expect("the whole fits");
+        Ok(PackedMatrix { rows, cols, form, scale, tile_bytes, data })
+    }
+
+    /// All tiles.
+    pub(crate) fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// What `ScaleKind::Tensor` scales by.
+    pub(crate) fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// Reads every byte, as a product's threads share the tiles, and nothing else: what products are compared with.
     pub fn read(&self, ks: &Kernels, pool: &Pool) {
         pool.run(self.tiles(), &|index| {
@@ -324,16 +343,20 @@ pub fn pack_as(
         return Err(Error::argument(format!("{rows} × {cols} {ty:?} weights do not take {} bytes", src.len())));
     }
     let scale = if form.scale == ScaleKind::Tensor { source::tensor_scale(src) } else { 1.0 };
-    let tiles = rows.div_ceil(form.tile_rows());
-    let too_large = || Error::exhausted(format!("{rows} × {cols} weights are too large to pack"));
-    let tile_bytes = form.tile_bytes(cols).ok_or_else(too_large)?;
-    let mut data = Buffer::zeroed(tiles.checked_mul(tile_bytes).ok_or_else(too_large)?)?;
+    let mut data = Buffer::zeroed(packed_bytes(form, rows, cols)?)?;
+    let tile_bytes = form.tile_bytes(cols).expect("the whole fits");
     data.par_chunks(pool, tile_bytes, |index, tile| {
         let first = index * form.tile_rows();
         let end = rows.min(first + form.tile_rows());
         pack_tile(ty, form, &src[first * row_bytes..end * row_bytes], row_bytes, tile);
     });
     Ok(PackedMatrix { rows, cols, form, scale, tile_bytes, data })
+}
+
+/// Bytes of a packed matrix of whole groups.
+pub(crate) fn packed_bytes(form: PackedForm, rows: usize, cols: usize) -> Result<usize> {
+    let bytes = form.tile_bytes(cols).and_then(|tile| tile.checked_mul(rows.div_ceil(form.tile_rows())));
+    bytes.ok_or_else(|| Error::exhausted(format!("{rows} × {cols} weights are too large to pack")))
 }
 
 /// Packs the rows of a tile. A stretch of columns of every row comes after the other, so that what is written stays in the

@@ -1,6 +1,7 @@
 //! A contiguous range of a model's layers: packed weights, KV cache and the forward pass.
 
 mod answers;
+mod progress;
 mod rope;
 mod weights;
 
@@ -15,7 +16,9 @@ use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
 use crate::sampling::sample;
+use crate::weight_cache::CacheReport;
 use answers::{answers, needed_rows, result_bytes, sampled_bytes, write};
+pub use progress::Progress;
 use rope::RopeTable;
 use std::cell::RefCell;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
@@ -34,6 +37,7 @@ pub struct Shard {
     hyper: Hyper,
     max_batch: usize,
     weights: Weights,
+    loaded: CacheReport,
     state: Mutex<State>,
 }
 
@@ -67,6 +71,8 @@ pub struct Stats {
     pub kv_blocks_free: usize,
     pub block_tokens: usize,
     pub weight_bytes: usize,
+    /// Of these, bytes that the cache had packed.
+    pub cached_bytes: u64,
     pub sequences: usize,
     pub weight_bytes_per_token: usize,
 }
@@ -99,9 +105,14 @@ impl<T> Shared<T> {
 impl Shard {
     /// Maps the file, packs the shard's tensors and reserves the KV cache.
     pub fn open(d: &Descriptor) -> Result<Self> {
+        Self::open_watched(d, &Progress::default())
+    }
+
+    /// The same, telling how far it is.
+    pub fn open_watched(d: &Descriptor, progress: &Progress) -> Result<Self> {
         let ks = select(d.isa.as_deref())?;
         let pool = Pool::new(d.threads);
-        let weights = Weights::load(d, ks, &pool)?;
+        let (weights, loaded) = Weights::load(d, ks, &pool, progress)?;
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, weights.layers.len(), h.kv_heads, h.head_dim)?;
         let rope = RopeTable::new(h.rope.base, h.rope.dims);
@@ -113,8 +124,14 @@ impl Shard {
             hyper: h,
             max_batch: d.max_batch,
             weights,
+            loaded,
             state: Mutex::new(State { kv, rope, act: Activations::new(), buffers: Buffers::default() }),
         })
+    }
+
+    /// What went wrong while it was opened without keeping it from opening: the cache's troubles.
+    pub fn notes(&self) -> &[String] {
+        &self.loaded.notes
     }
 
     /// A panic inside a forward pass is rolled back like an error: the state stays usable.
@@ -135,6 +152,7 @@ impl Shard {
             kv_blocks_free: state.kv.blocks_free(),
             block_tokens: BLOCK_TOKENS,
             weight_bytes: self.pass_bytes + table,
+            cached_bytes: self.loaded.read,
             sequences: state.kv.sequences(),
             weight_bytes_per_token: self.pass_bytes + row,
         }

@@ -4,8 +4,10 @@ use crate::descriptor::{self, Descriptor, TensorRef};
 use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
 use crate::mapping::ModelFile;
-use crate::pack::{dequantize, pack_as, PackedMatrix};
+use crate::pack::{dequantize, PackedMatrix};
 use crate::pool::Pool;
+use crate::shard::Progress;
+use crate::weight_cache::{Cache, CacheReport, Source};
 use std::sync::Arc;
 
 /// All that a shard holds of the model.
@@ -37,6 +39,7 @@ pub(super) struct Layer {
 /// Where tensors come from and what packs them.
 struct Loader<'a> {
     file: ModelFile,
+    cache: Cache,
     ks: &'a Kernels,
     pool: &'a Pool,
 }
@@ -44,7 +47,9 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn matrix(&self, t: &TensorRef) -> Result<PackedMatrix> {
         let ty = t.source_type()?;
-        pack_as(self.ks.form(ty), ty, self.file.tensor(t)?, t.shape[1], t.shape[0], self.pool).map_err(|e| named(t, e))
+        let (rows, cols) = (t.shape[1], t.shape[0]);
+        let source = Source { ty, rows, cols, offset: t.offset, bytes: self.file.tensor(t)? };
+        self.cache.matrix(self.ks.form(ty), source, self.file.file(), self.pool).map_err(|e| named(t, e))
     }
 
     fn vector(&self, t: &TensorRef) -> Result<Vec<f32>> {
@@ -73,10 +78,12 @@ fn named(t: &TensorRef, e: Error) -> Error {
 }
 
 impl Weights {
-    /// Maps the file and packs the shard's tensors.
-    pub fn load(d: &Descriptor, ks: &Kernels, pool: &Pool) -> Result<Self> {
-        let loader = Loader { file: ModelFile::open(&d.path)?, ks, pool };
+    /// Maps the file and packs the shard's tensors, or reads them packed; `progress` counts embedding, head and layers.
+    pub fn load(d: &Descriptor, ks: &Kernels, pool: &Pool, progress: &Progress) -> Result<(Self, CacheReport)> {
+        let loader = Loader { file: ModelFile::open(&d.path)?, cache: Cache::new(d.cache.as_ref()), ks, pool };
+        progress.begin(d.layers.len() + d.embedding.iter().count() + d.head.iter().count());
         let embedding = d.embedding.as_ref().map(|t| loader.matrix(t).map(Arc::new)).transpose()?;
+        progress.advance(embedding.iter().count());
         let output = |t: &TensorRef| match (&embedding, &d.embedding) {
             (Some(packed), Some(e)) if e.offset == t.offset && e.kind == t.kind && e.shape == t.shape => {
                 Ok(packed.clone())
@@ -87,8 +94,13 @@ impl Weights {
             Some(h) => Some(Head { norm: loader.vector(&h.norm)?, output: output(&h.output)? }),
             None => None,
         };
-        let layers = d.layers.iter().map(|l| loader.layer(l)).collect::<Result<_>>()?;
-        Ok(Self { embedding, head, layers })
+        progress.advance(head.iter().count());
+        let mut layers = Vec::with_capacity(d.layers.len());
+        for layer in &d.layers {
+            layers.push(loader.layer(layer)?);
+            progress.advance(1);
+        }
+        Ok((Self { embedding, head, layers }, loader.cache.close()))
     }
 
     /// Bytes that a pass over one token reads, the embedding's row aside.

@@ -6,7 +6,7 @@ use lutra_kernels::ffi::*;
 use lutra_kernels::Error;
 use serde_json::Value;
 use std::ptr::{null, null_mut};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 /// A code and the error's text.
 type Outcome = std::result::Result<i32, (i32, String)>;
@@ -25,7 +25,7 @@ fn open(descriptor: &Value) -> std::result::Result<u32, (i32, String)> {
     let json = descriptor.to_string();
     let mut handle = [0; 4];
     // SAFETY: every buffer is as long as is said.
-    call(|err, n| unsafe { lutra_shard_open(json.as_ptr(), json.len(), handle.as_mut_ptr(), 4, err, n) })?;
+    call(|err, n| unsafe { lutra_shard_open(json.as_ptr(), json.len(), null(), 0, handle.as_mut_ptr(), 4, err, n) })?;
     Ok(u32::from_le_bytes(handle))
 }
 
@@ -144,16 +144,19 @@ fn nulls_short_buffers_and_bad_texts_are_errors() {
     // SAFETY: nulls come with a length that must not be believed, the others are as long as is said.
     unsafe {
         let (e, n) = (err.as_mut_ptr(), err.len());
-        assert_eq!(lutra_abi_version(), 1);
+        assert_eq!(lutra_abi_version(), 2);
         assert_eq!(lutra_device_info(null_mut(), 100, e, n), Error::INVALID_ARGUMENT);
         assert_eq!(lutra_device_info(out.as_mut_ptr(), 3, e, n), Error::INVALID_ARGUMENT);
         assert_eq!(lutra_device_info(out.as_mut_ptr(), 3, null_mut(), 0), Error::INVALID_ARGUMENT);
         assert_eq!(lutra_device_info(out.as_mut_ptr(), 3, e, 3), Error::INVALID_ARGUMENT);
-        assert_eq!(lutra_shard_open(null(), 10, out.as_mut_ptr(), 4, e, n), Error::INVALID_ARGUMENT);
-        assert_eq!(lutra_shard_open(null(), 0, out.as_mut_ptr(), 4, e, n), Error::INVALID_ARGUMENT);
-        assert_eq!(lutra_shard_open(b"{}".as_ptr(), 2, null_mut(), 4, e, n), Error::INVALID_ARGUMENT);
-        assert_eq!(lutra_shard_open(b"{}".as_ptr(), 2, out.as_mut_ptr(), 3, e, n), Error::INVALID_ARGUMENT);
-        assert_eq!(lutra_shard_open(b"\xff{".as_ptr(), 2, out.as_mut_ptr(), 4, e, n), Error::INVALID_ARGUMENT);
+        assert_eq!(lutra_shard_open(null(), 10, null(), 0, out.as_mut_ptr(), 4, e, n), Error::INVALID_ARGUMENT);
+        assert_eq!(lutra_shard_open(null(), 0, null(), 0, out.as_mut_ptr(), 4, e, n), Error::INVALID_ARGUMENT);
+        assert_eq!(lutra_shard_open(b"{}".as_ptr(), 2, null(), 0, null_mut(), 4, e, n), Error::INVALID_ARGUMENT);
+        assert_eq!(lutra_shard_open(b"{}".as_ptr(), 2, null(), 0, out.as_mut_ptr(), 3, e, n), Error::INVALID_ARGUMENT);
+        assert_eq!(
+            lutra_shard_open(b"\xff{".as_ptr(), 2, null(), 0, out.as_mut_ptr(), 4, e, n),
+            Error::INVALID_ARGUMENT
+        );
         let (b, bn, o) = (batch.as_ptr(), batch.len(), out.as_mut_ptr());
         let mut w = [0u8; 4];
         let w = w.as_mut_ptr();
@@ -209,7 +212,9 @@ fn long_texts_are_cut_between_characters() {
         let mut err = vec![0; n + 1];
         let mut handle = [0; 4];
         // SAFETY: every buffer is as long as is said.
-        let code = unsafe { lutra_shard_open(json.as_ptr(), json.len(), handle.as_mut_ptr(), 4, err.as_mut_ptr(), n) };
+        let code = unsafe {
+            lutra_shard_open(json.as_ptr(), json.len(), null(), 0, handle.as_mut_ptr(), 4, err.as_mut_ptr(), n)
+        };
         assert!(code < 0);
         let len = u32::from_le_bytes(err[..4].try_into().unwrap()) as usize;
         assert!(len <= n - 4);
@@ -376,4 +381,44 @@ fn matrices_are_checked() {
     assert!(unpack(32, 32, 4095).is_err() && unpack(32, 31, 4096).is_err() && unpack(u32::MAX, 1, 4096).is_err());
     unpack(32, 32, 4096).unwrap();
     assert_eq!(out[..], weights[..]);
+}
+
+#[test]
+fn opening_tells_how_far_it_is_and_what_its_cache_lacks() {
+    let descriptor = tiny().descriptor(1, 4, RUN);
+    let open = |descriptor: &Value, progress: (*const u8, usize)| {
+        let json = descriptor.to_string();
+        let mut handle = [0; 4];
+        let mut err = [0; 512];
+        // SAFETY: every buffer is as long as is said.
+        let code = unsafe {
+            let (err, n) = (err.as_mut_ptr(), err.len());
+            lutra_shard_open(json.as_ptr(), json.len(), progress.0, progress.1, handle.as_mut_ptr(), 4, err, n)
+        };
+        let n = u32::from_le_bytes(err[..4].try_into().unwrap()) as usize;
+        let text = String::from_utf8(err[4..4 + n].to_vec()).unwrap();
+        if code >= 0 {
+            close(u32::from_le_bytes(handle)).unwrap();
+        }
+        (code, text)
+    };
+    let progress = [const { AtomicU64::new(7) }; 3];
+    let at = progress.as_ptr() as *const u8;
+    assert_eq!(open(&descriptor, (at, 16)), (0, String::new()));
+    assert_eq!(progress.each_ref().map(|n| n.load(Ordering::Relaxed)), [3, 3, 7]);
+    for (at, len) in [(null(), 16), (at, 15), (at.wrapping_add(1), 16)] {
+        assert_eq!(open(&descriptor, (at, len)).0, Error::INVALID_ARGUMENT);
+    }
+    // A folder that cannot be made matters only to a model with a matrix that is worth an entry.
+    let no_folder = serde_json::json!({"dir": concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), "maxBytes": 1 << 20});
+    let mut cached = descriptor.clone();
+    cached["cache"] = no_folder.clone();
+    assert_eq!(open(&cached, (null(), 0)), (0, String::new()));
+    let bundled = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/lutra-books-6M-TQ2_0.gguf");
+    let mut large = Model::open(bundled.into()).descriptor(0, 1, RUN);
+    large["cache"] = no_folder;
+    let (code, text) = open(&large, (null(), 0));
+    assert!(code == 1 && text.contains("no cache"), "{code} {text}");
+    cached["cache"] = serde_json::json!({"maxBytes": -1});
+    assert_eq!(open(&cached, (null(), 0)).0, Error::INVALID_ARGUMENT);
 }
