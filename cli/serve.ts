@@ -39,6 +39,9 @@ export function addServe(program: Command): void {
       throw error;
     });
     const { engine, threads } = cluster;
+    if (engine.model.chatTemplate.isFallback) {
+      console.error("warning: the model has no chat template; turns are written as `User: …` and `Assistant: …` lines");
+    }
     answer = createApp({
       engine,
       page: Deno.readTextFileSync(new URL("../orchestrator/page/page.html", import.meta.url)),

@@ -1,6 +1,9 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { fixture, shared } from "../tests/data.ts";
+import { randomNumbers } from "../tests/gguf_writer.ts";
 import { ChatTemplate } from "./chat_template.ts";
+import type { ChatMessage, ChatTool } from "./chat_template.ts";
 import { ChatTemplateError } from "./errors.ts";
 import { loadModel } from "./load.ts";
 
@@ -35,37 +38,142 @@ Deno.test("ChatTemplate: a hostile template cannot run or write for ever", () =>
       "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
       "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
       "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+      "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+      "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a | tojson }}",
+      "{% set ns = namespace(a={}) %}{% for i in range(60) %}{% set ns.a = {'x': ns.a, 'y': ns.a} %}{% endfor %}{{ ns.a }}",
+      "{% set a = namespace(x=1) %}{% set b = namespace(a=a) %}{% set a.x = b %}{{ a | tojson }}",
+      "{% set s = range(60000) | join %}{% for i in range(60000) %}{% for j in range(60000) %}{{ s }}{% endfor %}{% endfor %}",
+      "{% set s = range(60000) | join %}{% for i in range(60000) %}{% set x = s.upper() %}{% endfor %}",
+      "{% set l = range(60000) %}{% for i in range(60000) %}{% set x = l | sort %}{% endfor %}",
+      "{{ [1, 2] | tojson(indent=500000000) }}",
+      "{{ (range(60000) | join).replace('1', range(60000) | join) }}",
+      "(".repeat(100_000),
+      "{{ " + "(".repeat(100_000),
+      "{{ " + "[".repeat(100_000) + "]".repeat(100_000) + " }}",
+      "{{ a" + ".a".repeat(100_000) + " }}",
     ]
   ) {
-    assert.throws(() => new ChatTemplate(source).render(talk), ChatTemplateError, source);
+    if (source.startsWith("(((")) assert.equal(new ChatTemplate(source).render(talk), source);
+    else assert.throws(() => new ChatTemplate(source).render(talk), ChatTemplateError, source.slice(0, 200));
   }
 });
 
+interface Conversation {
+  messages: ChatMessage[];
+  tools?: ChatTool[];
+}
+const conversations: Record<string, Conversation> = JSON.parse(Deno.readTextFileSync(fixture("conversations.json")));
+/** By template, by conversation: what Python's jinja2 makes of it; see `render_templates.py`. */
+const golden: Record<string, Record<string, { sha256: string; characters: number } | { refused: string }>> = JSON.parse(
+  Deno.readTextFileSync(fixture("template-golden.json")),
+);
+/** Python cannot write its lazy lists as JSON; the template, written for llama.cpp's engine, wants it. */
+const RENDERED_HERE_ONLY = ["llama-cpp-deepseek-r1.jinja tools"];
+
 Deno.test({
-  name: "ChatTemplate: the templates of real models render a conversation or refuse it in their own words",
+  name: "ChatTemplate: real templates render plain, system and tool conversations as Python's jinja2 does",
   ignore: shared.absent,
   fn() {
-    const names = [...Deno.readDirSync(shared.path("templates"))].map((entry) => entry.name).filter((n) =>
-      n.endsWith(".jinja")
-    );
-    assert.ok(names.length >= 25);
-    const failed: string[] = [];
-    for (const name of names) {
-      const source = Deno.readTextFileSync(shared.path(`templates/${name}`));
-      try {
-        const text = new ChatTemplate(source, { bos: "<s>", eos: "</s>" }).render([{
-          role: "user",
-          content: "Hello, otter",
-        }]);
-        assert.ok(text.includes("Hello, otter"), name);
-      } catch (error) {
-        assert.ok(error instanceof ChatTemplateError, `${name}: ${error}`);
-        failed.push(`${name}: ${error.message}`);
+    assert.ok(Object.keys(golden).length >= 28);
+    const wrong: string[] = [];
+    for (const [name, outcomes] of Object.entries(golden)) {
+      const template = new ChatTemplate(Deno.readTextFileSync(shared.path(`templates/${name}`)), {
+        bos: "<s>",
+        eos: "</s>",
+      });
+      for (const [kind, expected] of Object.entries(outcomes)) {
+        const { messages, tools } = conversations[kind]!;
+        let found: string;
+        try {
+          const text = template.render(messages, { tools, now: new Date(2026, 2, 7, 9, 5, 3) });
+          found = createHash("sha256").update(text).digest("hex");
+        } catch (error) {
+          assert.ok(error instanceof ChatTemplateError, `${name} ${kind}: ${error}`);
+          found = "refused";
+        }
+        const wanted = "sha256" in expected ? expected.sha256 : "refused";
+        if (found !== wanted && !RENDERED_HERE_ONLY.includes(`${name} ${kind}`)) wrong.push(`${name} ${kind}`);
       }
     }
-    // Jinja2 refuses these too without `functions` or `tools`, which come with tool calls.
-    const needTools = ["NousResearch-Hermes-3", "fireworks-ai-llama-3-firefunction", "meetkai-functionary"];
-    const unexpected = failed.filter((line) => !needTools.some((name) => line.startsWith(name)));
-    assert.deepEqual(unexpected, []);
+    assert.deepEqual(wrong, []);
   },
+});
+
+Deno.test({
+  name: "ChatTemplate: which templates take tools",
+  ignore: shared.absent,
+  fn() {
+    const takes = (name: string) =>
+      new ChatTemplate(Deno.readTextFileSync(shared.path(`templates/${name}`))).takesTools;
+    for (
+      const name of [
+        "Qwen-Qwen2.5-7B-Instruct.jinja",
+        "meta-llama-Llama-3.1-8B-Instruct.jinja",
+        "unsloth-mistral-Devstral-Small-2507.jinja",
+        "NousResearch-Hermes-3-Llama-3.1-8B-tool_use.jinja",
+      ]
+    ) assert.ok(takes(name), name);
+    assert.ok(!takes("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja"));
+    assert.ok(!new ChatTemplate(undefined).takesTools);
+  },
+});
+
+Deno.test("ChatTemplate: values read as in Python", () => {
+  const render = (source: string, more = {}) => new ChatTemplate(source).render(talk, more);
+  assert.equal(render("{{ true }} {{ none is none }} {{ [1, 'a', none, 2.5] }}"), "True True [1, 'a', None, 2.5]");
+  assert.equal(render("{{ {'a': \"it's\"} ~ false }}"), "{'a': \"it's\"}False");
+  assert.equal(render("{{ {'items': 1}.items() | length }}"), "1");
+  assert.equal(render("{{ '<'|safe + '<' }}"), "<&lt;");
+  assert.throws(() => render("{{ 'a' + 1 }}"), ChatTemplateError);
+  assert.equal(render("{{ strftime_now('%d %b %Y') }}", { now: new Date(2026, 0, 2) }), "02 Jan 2026");
+});
+
+Deno.test("ChatTemplate: mutated templates render or fail, and end", () => {
+  const names = shared.available
+    ? [...Deno.readDirSync(shared.path("templates"))].map((e) => e.name).filter((n) => n.endsWith(".jinja")).sort()
+    : [];
+  const sources = [
+    "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{% if loop.last %}!{% endif %}\n{% endfor %}",
+    ...names.map((name) => Deno.readTextFileSync(shared.path(`templates/${name}`))),
+  ];
+  const tokens = [
+    "{%",
+    "%}",
+    "{{",
+    "}}",
+    "{% endfor %}",
+    "for x in ",
+    "(",
+    ")",
+    "[",
+    "'",
+    "|tojson",
+    " + ",
+    "~",
+    "macro ",
+    "9999999999",
+    "range(",
+  ];
+  const random = randomNumbers(20261125);
+  let rendered = 0;
+  let failed = 0;
+  for (let i = 0; i < 1500; i++) {
+    let source = sources[random() % sources.length]!;
+    for (let n = 1 + random() % 3; n > 0; n--) {
+      const at = random() % source.length;
+      const piece = random() % 3 === 0
+        ? source.slice(random() % source.length).slice(0, random() % 200)
+        : tokens[random() % tokens.length]!;
+      source = source.slice(0, at) + piece + source.slice(at + random() % 12);
+    }
+    try {
+      const { messages, tools } = conversations.tools!;
+      new ChatTemplate(source).render(messages, { tools });
+      rendered++;
+    } catch (error) {
+      assert.ok(error instanceof ChatTemplateError, `mutation ${i}: ${(error as Error).stack}`);
+      failed++;
+    }
+  }
+  assert.ok(rendered > 100 && failed > 100, `${rendered} rendered, ${failed} failed`);
 });
