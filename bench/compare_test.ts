@@ -15,6 +15,7 @@ function engine(log: string[], name: string, seconds: (step: number) => number):
       return Promise.resolve(Array.from({ length: request.steps }, () => seconds(step++)));
     },
     logits: () => Promise.resolve([]),
+    bandwidth: () => Promise.resolve(null),
   };
 }
 

@@ -110,7 +110,7 @@ async function main(flags: PeerFlags): Promise<void> {
       const commands = engineCommands(threads);
       await using lutra = EngineProcess.start(commands.lutra);
       await using peer = EngineProcess.start(commands.peer);
-      const request = { path, threads, ...ROOM, bandwidthMiB: 1024 };
+      const request = { path, threads, ...ROOM };
       const infos = [await lutra.load(request), await peer.load(request)] as const;
       for (const { name, build } of infos) builds.add(`${name} ${build}`);
       await checkAgreement(lutra, peer);

@@ -60,6 +60,8 @@ export type KernelRow = z.infer<typeof kernelRowSchema>;
 /** The cost law: what a weight costs by its bits, in the second-level cache, one thread, one activation row. */
 export const costRowSchema = z.strictObject({
   isa: z.string(),
+  /** The kernel's name; kernels of one name differ in nothing but the bits. */
+  kernel: z.string(),
   bits: count,
   /** Nanoseconds a weight. */
   nanoseconds: positive,

@@ -48,23 +48,34 @@ export function describeKernels(rows: readonly KernelRow[]): string[] {
 /** The cost law's points, as people read them. */
 export function describeCost(rows: readonly CostRow[]): string[] {
   return table(
-    ["isa", "bits", "ps/weight"],
-    rows.map((r) => [r.isa, `${r.bits}`, (1000 * r.nanoseconds).toFixed(2)]),
+    ["isa", "kernel", "bits", "ps/weight"],
+    rows.map((r) => [r.isa, r.kernel, `${r.bits}`, (1000 * r.nanoseconds).toFixed(2)]),
   );
 }
 
-/** The line through each instruction set's points: picoseconds a weight by bits. */
-export function costFits(rows: readonly CostRow[]): Map<string, Line> {
-  const sets = [...new Set(rows.map((r) => r.isa))];
-  return new Map(sets.map((isa) => {
-    const own = rows.filter((r) => r.isa === isa);
-    return [isa, fitLine(own.map((r) => [r.bits, 1000 * r.nanoseconds]))];
+/** A kernel's points of the cost law, and the line through them: picoseconds a weight by bits. */
+export interface CostFit extends Line {
+  readonly label: string;
+  readonly rows: readonly CostRow[];
+}
+
+/** The line through each kernel's points. A kernel of one width alone has none. */
+export function costFits(rows: readonly CostRow[]): CostFit[] {
+  const groups = new Map<string, CostRow[]>();
+  for (const row of rows) {
+    const label = `${row.isa} ${row.kernel}`;
+    groups.set(label, [...groups.get(label) ?? [], row]);
+  }
+  return [...groups].filter(([, own]) => own.length > 1).map(([label, own]) => ({
+    label,
+    rows: own,
+    ...fitLine(own.map((r) => [r.bits, 1000 * r.nanoseconds])),
   }));
 }
 
 /** The fits in words. */
 export function costLines(rows: readonly CostRow[]): string[] {
-  return [...costFits(rows)].map(([isa, { slope, intercept }]) =>
-    `${isa}: ${slope.toFixed(2)} ps/weight for each bit, and ${intercept.toFixed(2)} ps/weight whatever the bits`
+  return costFits(rows).map(({ label, slope, intercept }) =>
+    `${label}: ${slope.toFixed(2)} ps/weight for each bit, and ${intercept.toFixed(2)} ps/weight whatever the bits`
   );
 }

@@ -16,8 +16,6 @@ export const loadRequestSchema = z.strictObject({
   /** Most sequences at the same time, and most tokens of each. */
   sequences: z.number().int().positive(),
   length: z.number().int().positive(),
-  /** Memory to measure the bandwidth on, by an engine that does; several times the caches. */
-  bandwidthMiB: z.number().int().positive(),
 });
 
 /**
@@ -40,6 +38,8 @@ export const engineRequestSchema = z.discriminatedUnion("type", [
   measureRequestSchema,
   /** The logits after the tokens, from an empty context. */
   z.strictObject({ type: z.literal("logits"), tokens: z.array(z.number().int().nonnegative()).min(1) }),
+  /** Memory read bandwidth with the model's number of threads, over so much memory; null from an engine that cannot tell. */
+  z.strictObject({ type: z.literal("bandwidth"), mebibytes: z.number().int().positive() }),
 ]);
 
 export type LoadRequest = z.infer<typeof loadRequestSchema>;
@@ -51,9 +51,8 @@ export const engineInfoSchema = z.strictObject({
   name: z.string(),
   /** Version, instruction set: what tells one build from another. */
   build: z.string(),
-  /** Bytes of weights that a step reads, and memory read bandwidth with as many threads in GB/s, from an engine that knows. */
+  /** Bytes of weights that a step reads, from an engine that knows. */
   bytesPerStep: z.number().positive().optional(),
-  bandwidth: z.number().positive().optional(),
 });
 export type EngineInfo = z.infer<typeof engineInfoSchema>;
 
@@ -62,12 +61,15 @@ export const timesSchema = z.strictObject({
   seconds: z.array(z.number().positive()).min(1),
 });
 export const logitsSchema = z.strictObject({ logits: z.array(z.number()).min(1) });
+/** In GB/s. */
+export const bandwidthSchema = z.strictObject({ bandwidth: z.number().positive().nullable() });
 
 /** An engine as its process implements it. */
 export interface Engine {
   load(request: LoadRequest): Promise<EngineInfo> | EngineInfo;
   measure(request: MeasureRequest): Promise<number[]> | number[];
   logits(tokens: readonly number[]): Promise<number[]> | number[];
+  bandwidth?(mebibytes: number): Promise<number>;
 }
 
 /** The token that sequence `seq` is fed at `position`. What it says does not matter for the speed. */
@@ -85,6 +87,8 @@ export async function serve(engine: Engine): Promise<void> {
         return { seconds: await engine.measure(request) };
       case "logits":
         return { logits: await engine.logits(request.tokens) };
+      case "bandwidth":
+        return { bandwidth: await engine.bandwidth?.(request.mebibytes) ?? null };
     }
   };
   for await (const line of lines(Deno.stdin.readable)) {

@@ -35,12 +35,14 @@ class Lutra implements Engine {
   readonly #stop = new Int32Array(new ArrayBuffer(4));
   #shard: ShardHandle | undefined;
   #vocab = 1;
+  #threads = 1;
   #output = NOTHING;
   /** Tokens that the first sequences hold, all as many. */
   #held = { sequences: 0, length: 0 };
 
-  async load({ path, threads, sequences, length, bandwidthMiB }: LoadRequest): Promise<EngineInfo> {
+  async load({ path, threads, sequences, length }: LoadRequest): Promise<EngineInfo> {
     const kernels = loadKernels();
+    this.#threads = threads;
     const { hyper, embedding, head, layers } = (await loadModel(path)).description;
     const shard = shardSchema.parse({
       path,
@@ -60,7 +62,6 @@ class Lutra implements Engine {
       name: "lutra",
       build: kernels.deviceInfo().isa,
       bytesPerStep: this.#shard.stats().weightBytesPerToken,
-      bandwidth: await kernels.measureBandwidth(threads, bandwidthMiB),
     };
   }
 
@@ -108,6 +109,10 @@ class Lutra implements Engine {
     const written = await this.#shard!.forward(batch, NOTHING, this.#stop, this.#output);
     this.#shard!.truncate(0, 0);
     return [...new Float32Array(this.#output.buffer, written - 4 * this.#vocab, this.#vocab)];
+  }
+
+  bandwidth(mebibytes: number): Promise<number> {
+    return loadKernels().measureBandwidth(this.#threads, mebibytes);
   }
 }
 

@@ -17,8 +17,8 @@ Deno.test("engines/lutra.ts: measures every phase of a model, and gives logits t
       command: Deno.execPath(),
       args: ["run", "-q", "-A", script],
     });
-    const info = await engine.load({ path, threads: 1, sequences: 3, length: 32, bandwidthMiB: 1 });
-    assert.ok(info.name === "lutra" && info.bytesPerStep! > 0 && info.bandwidth! > 0);
+    const info = await engine.load({ path, threads: 1, sequences: 3, length: 32 });
+    assert.ok(info.name === "lutra" && info.bytesPerStep! > 0 && (await engine.bandwidth(1))! > 0);
     const first = await engine.logits([5, 17, 2]);
     assert.ok(first.length === 96 && first.every(Number.isFinite));
     for (const [batch, tokens, context] of [[1, 1, 8], [3, 1, 8], [1, 32, 0], [1, 1, 4]] as const) {

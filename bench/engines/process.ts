@@ -1,5 +1,5 @@
 import { z } from "zod";
-import { engineInfoSchema, lines, logitsSchema, timesSchema } from "./engine.ts";
+import { bandwidthSchema, engineInfoSchema, lines, logitsSchema, timesSchema } from "./engine.ts";
 import type { EngineInfo, EngineRequest, LoadRequest, MeasureRequest } from "./engine.ts";
 
 /** An engine's process failed, or says that it cannot do what it was asked. */
@@ -83,6 +83,11 @@ export class EngineProcess implements AsyncDisposable {
 
   async logits(tokens: number[]): Promise<number[]> {
     return (await this.#ask({ type: "logits", tokens }, logitsSchema)).logits;
+  }
+
+  /** GB/s, or null. */
+  async bandwidth(mebibytes: number): Promise<number | null> {
+    return (await this.#ask({ type: "bandwidth", mebibytes }, bandwidthSchema)).bandwidth;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -11,12 +11,13 @@ const fake = (mode: string) =>
     args: ["run", "-q", repoPath("tests", "fakes", "engine.ts"), mode],
     cores: 1,
   });
-const model = { path: "model.gguf", threads: 1, ...ROOM, bandwidthMiB: 1 };
+const model = { path: "model.gguf", threads: 1, ...ROOM };
 const step = { batch: 1, tokens: 1, context: 0, warmUp: 1, steps: 3 };
 
 Deno.test("EngineProcess: answers requests one after the other, and ends when it is disposed of", async () => {
   await using engine = fake("steady");
-  assert.deepEqual(await engine.load(model), { name: "fake", build: "steady", bytesPerStep: 1e6, bandwidth: 10 });
+  assert.deepEqual(await engine.load(model), { name: "fake", build: "steady", bytesPerStep: 1e6 });
+  assert.equal(await engine.bandwidth(1), 10);
   assert.deepEqual(await engine.measure(step), [0.002, 0.002, 0.002]);
   assert.equal((await engine.logits([1, 2])).length, 16);
 });

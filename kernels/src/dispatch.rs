@@ -9,9 +9,6 @@ use crate::pack::{PackedForm, SourceType};
 use crate::quantize::{Quantize, Table};
 use std::fmt;
 
-/// Raised when kernels become faster or slower: what was measured of others counts no more.
-pub(crate) const KERNELS_VERSION: u32 = 1;
-
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -50,7 +47,7 @@ pub struct Variant {
     /// Rows of activations to give it at once that are worth trying, the usual number first, which is the most.
     pub(crate) widths: &'static [usize],
     /// Whether it reads lookup tables (`quantize::Table`).
-    pub(crate) tables: bool,
+    pub tables: bool,
 }
 
 /// The kernels of one instruction set.

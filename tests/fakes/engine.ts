@@ -14,7 +14,7 @@ const mode = Deno.args[0] ?? "steady";
 const logits = Array.from({ length: 16 }, (_, i) => mode === "contrary" ? -i : i);
 
 const engine: Engine = {
-  load: () => ({ name: "fake", build: mode, bytesPerStep: 1e6, bandwidth: 10 }),
+  load: () => ({ name: "fake", build: mode, bytesPerStep: 1e6 }),
   measure: ({ steps }) => {
     if (mode === "refuse") throw new Error("no room for the sequences");
     if (mode === "babble") console.log("hello");
@@ -22,5 +22,6 @@ const engine: Engine = {
     return new Array(steps).fill(0.002);
   },
   logits: () => logits,
+  bandwidth: () => Promise.resolve(10),
 };
 await serve(engine);

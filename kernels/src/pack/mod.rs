@@ -15,6 +15,7 @@ pub(crate) mod scales;
 mod source;
 pub(crate) mod trits;
 
+use crate::bandwidth::Reading;
 use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
 use crate::pool::Pool;
@@ -250,13 +251,6 @@ impl PackedMatrix {
         self.data.len()
     }
 
-    /// A copy in other memory.
-    pub(crate) fn duplicate(&self, pool: &Pool) -> Result<PackedMatrix> {
-        let mut data = Buffer::zeroed(self.data.len())?;
-        data.par_chunks(pool, self.tile_bytes, |index, tile| tile.copy_from_slice(self.tile(index)));
-        Ok(PackedMatrix { data, ..*self })
-    }
-
     pub fn tiles(&self) -> usize {
         self.rows.div_ceil(self.form.tile_rows())
     }
@@ -281,11 +275,16 @@ impl PackedMatrix {
     }
 
     /// Reads every byte, as a product's threads share the tiles, and nothing else: what products are compared with.
-    pub fn read(&self, ks: &Kernels, pool: &Pool) {
-        pool.run(self.tiles(), &|index| {
-            // SAFETY: every bit pattern is a u64; `align_to` splits correctly. `ks` is usable on this machine.
-            std::hint::black_box(unsafe { (ks.read)(self.tile(index).align_to::<u64>().1) });
-        });
+    pub fn read(&self, how: Reading, ks: &Kernels, pool: &Pool) {
+        pool.run(self.tiles(), &|index| how.read(ks, self.tile(index)));
+    }
+
+    /// The same rows `times` times over: for benchmarks, a large matrix at the price of a copy. The rows must be whole tiles.
+    pub fn repeated(&self, times: usize, pool: &Pool) -> Result<PackedMatrix> {
+        assert!(times > 0 && self.rows == self.tiles() * self.form.tile_rows(), "{self:?} ends within a tile");
+        let mut data = Buffer::zeroed(times * self.bytes())?;
+        data.par_chunks(pool, self.tile_bytes, |index, tile| tile.copy_from_slice(self.tile(index % self.tiles())));
+        Ok(PackedMatrix { rows: times * self.rows, data, ..*self })
     }
 
     pub(crate) fn tile(&self, index: usize) -> &[u8] {
@@ -388,9 +387,8 @@ fn pack_tile(ty: SourceType, form: PackedForm, src: &[u8], row_bytes: usize, til
     }
 }
 
-#[cfg(test)]
 impl PackedMatrix {
-    /// A matrix of any form without subs: codes row-major, one d and one m (f16 bits) for all.
+    /// A matrix of any form without subs, for tests and benchmarks: codes row-major, one d and one m (f16 bits) for all.
     pub fn from_codes(form: PackedForm, rows: usize, cols: usize, codes: &[u8], d: u16, m: u16) -> Self {
         let tile_bytes = form.tile_bytes(cols).unwrap();
         let mut data = Buffer::zeroed(rows.div_ceil(form.tile_rows()) * tile_bytes).unwrap();

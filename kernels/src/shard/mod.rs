@@ -11,12 +11,11 @@ use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, BLOCK_TOKENS};
-use crate::matmul::{matmul_by, Activations};
+use crate::matmul::{matmul, Activations};
 use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
 use crate::sampling::sample;
-use crate::tune::{Plans, Report, Tuner, INLINE_BYTES};
 use crate::weight_cache::CacheReport;
 use answers::{answers, needed_rows, result_bytes, sampled_bytes, write};
 pub use progress::Progress;
@@ -39,8 +38,6 @@ pub struct Shard {
     max_batch: usize,
     weights: Weights,
     loaded: CacheReport,
-    plans: Plans,
-    tuning: Report,
     state: Mutex<State>,
 }
 
@@ -80,6 +77,8 @@ pub struct Stats {
     pub weight_bytes_per_token: usize,
 }
 
+/// Bytes below which a job is done sooner than a thread that waits for it joins in: some 3 µs of one thread's reading.
+const INLINE_BYTES: usize = 64 << 10;
 /// Bytes of a whole pass below which sleeping threads are not woken: some 150 µs of one thread's reading.
 const SESSION_BYTES: usize = 4 << 20;
 
@@ -113,11 +112,7 @@ impl Shard {
     pub fn open_watched(d: &Descriptor, progress: &Progress) -> Result<Self> {
         let ks = select(d.isa.as_deref())?;
         let pool = Pool::new(d.threads);
-        let file_bytes = std::fs::metadata(&d.path).map_or(0, |file| file.len());
-        let tuner = RefCell::new(Tuner::new(ks, &pool, d.tune, d.cache.as_ref(), file_bytes));
-        let (weights, mut loaded) = Weights::load(d, &pool, &tuner, progress)?;
-        let (plans, tuning) = tuner.into_inner().finish();
-        loaded.notes.extend(tuning.warnings.iter().cloned());
+        let (weights, loaded) = Weights::load(d, ks, &pool, progress)?;
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, weights.layers.len(), h.kv_heads, h.head_dim)?;
         let rope = RopeTable::new(h.rope.base, h.rope.dims);
@@ -130,20 +125,13 @@ impl Shard {
             max_batch: d.max_batch,
             weights,
             loaded,
-            plans,
-            tuning,
             state: Mutex::new(State { kv, rope, act: Activations::new(), buffers: Buffers::default() }),
         })
     }
 
-    /// What went wrong while it was opened without keeping it from opening: troubles of the cache and the tuner.
+    /// What went wrong while it was opened without keeping it from opening: the cache's troubles.
     pub fn notes(&self) -> &[String] {
         &self.loaded.notes
-    }
-
-    /// How products were chosen.
-    pub fn tuning(&self) -> &Report {
-        &self.tuning
     }
 
     /// A panic inside a forward pass is rolled back like an error: the state stays usable.
@@ -403,8 +391,7 @@ impl Shard {
 
     /// `y = x · Wᵀ` for the `n` rows of activations in `act`.
     fn product(&self, pool: &Pool, w: &PackedMatrix, act: &Activations, n: usize, y: &mut [f32]) {
-        let pool = if self.plans.is_inline(w, n) { &self.inline } else { pool };
-        matmul_by(self.plans.plan(w, n), self.ks, w, act, y, w.rows, pool);
+        matmul(self.ks, w, act, y, w.rows, self.pool_for(pool, w.bytes() * n));
     }
 
     fn norm(&self, pool: &Pool, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {

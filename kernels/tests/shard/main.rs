@@ -7,4 +7,3 @@ mod invariance;
 mod kv;
 mod model;
 mod sampling;
-mod tuning;
