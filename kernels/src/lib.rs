@@ -29,6 +29,7 @@ pub mod descriptor;
 pub mod ffi;
 pub mod kv;
 pub mod mapping;
+pub mod profile;
 pub mod sampling;
 pub mod shard;
 pub mod weight_cache;

@@ -15,6 +15,7 @@ use crate::matmul::{matmul, Activations};
 use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
+use crate::profile::{Profile, Step};
 use crate::sampling::sample;
 use crate::weight_cache::CacheReport;
 use answers::{answers, needed_rows, result_bytes, sampled_bytes, write};
@@ -24,6 +25,7 @@ use std::cell::RefCell;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use weights::{Head, Weights};
 
 /// An open shard. Forward passes take turns.
@@ -47,6 +49,7 @@ struct State {
     rope: RopeTable,
     act: Activations,
     buffers: Buffers,
+    profile: Profile,
 }
 
 #[derive(Default)]
@@ -125,7 +128,13 @@ impl Shard {
             max_batch: d.max_batch,
             weights,
             loaded,
-            state: Mutex::new(State { kv, rope, act: Activations::new(), buffers: Buffers::default() }),
+            state: Mutex::new(State {
+                kv,
+                rope,
+                act: Activations::new(),
+                buffers: Buffers::default(),
+                profile: Profile::default(),
+            }),
         })
     }
 
@@ -142,6 +151,34 @@ impl Shard {
     /// Forgets positions of a sequence from `len` on.
     pub fn truncate(&self, seq: u32, len: usize) {
         self.state().kv.truncate(seq, len);
+    }
+
+    /// Measures the steps of passes from now on, and returns the time spent on each since the last call.
+    pub fn profile(&self) -> impl Iterator<Item = (Step, Duration)> {
+        self.state().profile.take().into_iter()
+    }
+
+    /// The time that the products of a pass over `n` tokens take when nothing else is done between them: what passes are
+    /// compared with.
+    pub fn time_products(&self, n: usize) -> Duration {
+        let (ks, h) = (self.ks, &self.hyper);
+        let State { act, buffers: b, .. } = &mut *self.state();
+        let mut time = Duration::ZERO;
+        let _awake = self.pool.session();
+        let mut products = |k: usize, matrices: &mut dyn Iterator<Item = &PackedMatrix>| {
+            let matrices: Vec<_> = matrices.collect();
+            let forms: Vec<_> = matrices.iter().map(|w| w.form).collect();
+            act.prepare(ks, &vec![1.0; n * k], n, k, &forms, &self.pool);
+            resize(&mut b.logits, n * matrices.iter().map(|w| w.rows).max().unwrap_or(0));
+            let start = Instant::now();
+            matrices.iter().for_each(|w| self.product(&self.pool, w, act, n, &mut b.logits));
+            time += start.elapsed();
+        };
+        products(h.embedding, &mut self.weights.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.gate, &l.up]));
+        products(h.heads * h.head_dim, &mut self.weights.layers.iter().map(|l| &l.o));
+        products(h.feed_forward, &mut self.weights.layers.iter().map(|l| &l.down));
+        products(h.embedding, &mut self.weights.head.iter().map(|head| &*head.output));
+        time
     }
 
     pub fn stats(&self) -> Stats {
@@ -201,7 +238,7 @@ impl Shard {
         let (d, dim) = (h.embedding, h.head_dim);
         let (wide, kv_wide, ff) = (h.heads * dim, h.kv_heads * dim, h.feed_forward);
         let ks = self.ks;
-        let State { kv, rope, act, buffers: b } = state;
+        let State { kv, rope, act, buffers: b, profile } = state;
         let mut n = batch.tokens.len();
         if n == 0 {
             return Ok(());
@@ -210,6 +247,7 @@ impl Shard {
         // Small passes are the calling thread's alone.
         let pool = if self.pass_bytes.saturating_mul(n) < SESSION_BYTES { &self.inline } else { &self.pool };
         let _awake = pool.session();
+        profile.begin();
 
         // Entry and position of every row.
         let mut rows: Vec<(usize, usize)> = Vec::with_capacity(n);
@@ -234,18 +272,23 @@ impl Shard {
             }
         }
 
+        profile.end(Step::Input);
+
         for (index, layer) in self.weights.layers.iter().enumerate() {
             if stop.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
                 return Err(Error::new(Error::STOPPED, "stopped"));
             }
             self.norm(pool, &b.hidden[..n * d], &layer.attn_norm, &mut b.norm, n);
+            profile.end(Step::Norm);
             act.prepare(ks, &b.norm[..n * d], n, d, &[layer.q.form, layer.k.form, layer.v.form], pool);
+            profile.end(Step::Quantize);
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
             self.product(pool, &layer.q, act, n, &mut b.q);
             self.product(pool, &layer.k, act, n, &mut b.k);
             self.product(pool, &layer.v, act, n, &mut b.v);
+            profile.end(Step::QueryKeyValue);
 
             let style = h.rope.style;
             let (q, k) = (Shared(b.q.as_mut_ptr()), Shared(b.k.as_mut_ptr()));
@@ -269,6 +312,7 @@ impl Shard {
                 }
             }
 
+            profile.end(Step::Store);
             // The last layer's K and V are all that rows need of which nothing is asked.
             if index + 1 == self.weights.layers.len() && self.weights.head.is_some() {
                 let needed: Vec<usize> =
@@ -304,13 +348,19 @@ impl Shard {
                 let out = unsafe { out.part(at, len) };
                 SCRATCH.with_borrow_mut(|scratch| attend(ks, past, dim, &q[at..at + len], scale, scratch, out));
             });
+            profile.end(Step::Attention);
             act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
+            profile.end(Step::Quantize);
             resize(&mut b.delta, n * d);
             self.product(pool, &layer.o, act, n, &mut b.delta);
+            profile.end(Step::Output);
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
+            profile.end(Step::Residual);
 
             self.norm(pool, &b.hidden[..n * d], &layer.ffn_norm, &mut b.norm, n);
+            profile.end(Step::Norm);
             act.prepare(ks, &b.norm[..n * d], n, d, &[layer.gate.form, layer.up.form], pool);
+            profile.end(Step::Quantize);
             resize(&mut b.gate, n * ff);
             resize(&mut b.up, n * ff);
             self.product(pool, &layer.gate, act, n, &mut b.gate);
@@ -318,9 +368,13 @@ impl Shard {
             let (gate, up) = (Shared(b.gate.as_mut_ptr()), &b.up);
             // SAFETY: row i is this part's own.
             pool.run(n, &|i| ops::silu_mul(ks, unsafe { gate.part(i * ff, ff) }, &up[i * ff..(i + 1) * ff]));
+            profile.end(Step::GateUp);
             act.prepare(ks, &b.gate[..n * ff], n, ff, &[layer.down.form], pool);
+            profile.end(Step::Quantize);
             self.product(pool, &layer.down, act, n, &mut b.delta);
+            profile.end(Step::Down);
             ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
+            profile.end(Step::Residual);
         }
 
         match &self.weights.head {
@@ -328,9 +382,10 @@ impl Shard {
                 for (bytes, x) in out.chunks_exact_mut(4).zip(&b.hidden[..n * d]) {
                     bytes.copy_from_slice(&x.to_le_bytes());
                 }
+                profile.end(Step::Answer);
                 Ok(())
             }
-            Some(head) => self.results(pool, head, kv, act, b, batch, out),
+            Some(head) => self.results(pool, head, kv, act, b, profile, batch, out),
         }
     }
 
@@ -343,6 +398,7 @@ impl Shard {
         kv: &KvCache,
         act: &mut Activations,
         b: &mut Buffers,
+        profile: &mut Profile,
         batch: &Batch,
         out: &mut [u8],
     ) -> Result<()> {
@@ -354,9 +410,12 @@ impl Shard {
         for (i, rows) in rows.chunks(at_once).enumerate() {
             let n = rows.len();
             self.norm(pool, &b.hidden[i * at_once * d..][..n * d], norm, &mut b.norm, n);
+            profile.end(Step::Norm);
             act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], pool);
+            profile.end(Step::Quantize);
             resize(&mut b.logits, n * vocab);
             self.product(pool, output, act, n, &mut b.logits);
+            profile.end(Step::Head);
             let (logits, out) = (Shared(b.logits.as_mut_ptr()), Shared(out.as_mut_ptr()));
             self.pool_for(pool, n * vocab * 16).run(n, &|i| {
                 // SAFETY: row i is this part's own.
@@ -376,6 +435,7 @@ impl Shard {
                     }
                 }
             });
+            profile.end(Step::Answer);
         }
         failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
