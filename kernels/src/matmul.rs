@@ -9,6 +9,7 @@ use crate::dispatch::{Kernels, Variant};
 use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILE};
 use crate::pool::Pool;
 use crate::quantize::Table;
+use std::ops::Range;
 
 /// Activation rows that a tile kernel takes at once.
 pub(crate) const BATCH: usize = 8;
@@ -241,68 +242,150 @@ pub fn matmul_by(
     y_stride: usize,
     pool: &Pool,
 ) {
-    let (form, n, k) = (w.form, act.n, act.k);
-    assert!(n > 0 && k == w.cols, "matmul: activations of {k} for {w:?}");
-    let needed = (n - 1).checked_mul(y_stride).and_then(|before| before.checked_add(w.rows));
-    assert!(y_stride >= w.rows && needed.is_some_and(|needed| needed <= y.len()), "matmul: output is too short");
-    let variant = plan.variant(ks, form);
-    let mut args = TileArgs {
-        form,
-        tile: &[],
-        k,
-        first: 0,
-        count: 0,
-        x: &[],
-        codes: &[],
-        scales: &[],
-        sums: &[],
-        sub_sums: &[],
-        scale: w.scale,
-        tables: &[],
-    };
-    if form.act_group() == 0 {
-        assert!(act.has_floats, "matmul: activations were not prepared for {form:?}");
-        args.x = &act.x[..n * k];
-    } else {
-        let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group());
-        let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
-        let groups = k / prepared.group;
-        args.codes = &prepared.codes[..n * k];
-        args.scales = &prepared.scales[..n * groups];
-        args.sums = &prepared.sums[..n * groups];
-        args.sub_sums = match form.scale.sub(prepared.group) {
-            _ if form.scale.words() == 0 => &[],
-            16 => &prepared.sums16[..n * (k / 16)],
-            _ => &prepared.sums32[..n * (k / 32)],
-        };
-        if variant.tables {
-            assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
-            args.tables = &prepared.tables[..n * (k / 4)];
+    run(&[Product::new(plan, ks, w, act, y, y_stride)], act.n, pool, &|_, _| {});
+}
+
+/// `matmul_by` with several matrices in one job of the pool, each with an output of its own, row-major without gaps.
+pub fn matmul_all<const N: usize>(
+    ks: &Kernels,
+    products: [(Plan, &PackedMatrix, &mut [f32]); N],
+    act: &Activations,
+    pool: &Pool,
+) {
+    let products = products.map(|(plan, w, y)| Product::new(plan, ks, w, act, y, w.rows));
+    run(&products, act.n, pool, &|_, _| {});
+}
+
+/// `y = activate(x·gateᵀ, x·upᵀ)` in one job of the pool; `activate` changes its first argument, element by element. `up`'s
+/// product goes to `scratch`, which is as long as `y`.
+pub fn matmul_gated(
+    ks: &Kernels,
+    [gate, up]: [(Plan, &PackedMatrix); 2],
+    activate: fn(&Kernels, &mut [f32], &[f32]),
+    act: &Activations,
+    y: &mut [f32],
+    scratch: &mut [f32],
+    pool: &Pool,
+) {
+    let stride = gate.1.rows;
+    assert!(stride == up.1.rows, "matmul_gated: {:?} and {:?}", gate.1, up.1);
+    let products = [(gate, y), (up, scratch)].map(|((plan, w), y)| Product::new(plan, ks, w, act, y, stride));
+    let (y, scratch) = (products[0].y, products[1].y);
+    run(&products, act.n, pool, &|inputs, rows| {
+        for i in inputs {
+            let (start, len) = (i * stride + rows.start, rows.len());
+            // SAFETY: within both by the check in `Product::new`. `run` has written these elements and leaves them to this
+            // call alone.
+            activate(ks, unsafe { y.slice(start, len) }, unsafe { scratch.slice(start, len) });
         }
+    });
+}
+
+/// A matrix, its kernel, and where its product goes.
+struct Product<'a> {
+    w: &'a PackedMatrix,
+    kernel: TileKernel,
+    width: usize,
+    block_bytes: usize,
+    args: TileArgs<'a>,
+    y: Shared<f32>,
+    y_stride: usize,
+}
+
+impl<'a> Product<'a> {
+    fn new(
+        plan: Plan,
+        ks: &Kernels,
+        w: &'a PackedMatrix,
+        act: &'a Activations,
+        y: &'a mut [f32],
+        y_stride: usize,
+    ) -> Self {
+        let (form, n, k) = (w.form, act.n, act.k);
+        assert!(n > 0 && k == w.cols, "matmul: activations of {k} for {w:?}");
+        let needed = (n - 1).checked_mul(y_stride).and_then(|before| before.checked_add(w.rows));
+        assert!(y_stride >= w.rows && needed.is_some_and(|needed| needed <= y.len()), "matmul: output is too short");
+        let variant = plan.variant(ks, form);
+        let mut args = TileArgs {
+            form,
+            tile: &[],
+            k,
+            first: 0,
+            count: 0,
+            x: &[],
+            codes: &[],
+            scales: &[],
+            sums: &[],
+            sub_sums: &[],
+            scale: w.scale,
+            tables: &[],
+        };
+        if form.act_group() == 0 {
+            assert!(act.has_floats, "matmul: activations were not prepared for {form:?}");
+            args.x = &act.x[..n * k];
+        } else {
+            let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group());
+            let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
+            let groups = k / prepared.group;
+            args.codes = &prepared.codes[..n * k];
+            args.scales = &prepared.scales[..n * groups];
+            args.sums = &prepared.sums[..n * groups];
+            args.sub_sums = match form.scale.sub(prepared.group) {
+                _ if form.scale.words() == 0 => &[],
+                16 => &prepared.sums16[..n * (k / 16)],
+                _ => &prepared.sums32[..n * (k / 32)],
+            };
+            if variant.tables {
+                assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
+                args.tables = &prepared.tables[..n * (k / 4)];
+            }
+        }
+        let (kernel, width) = (variant.tile, plan.width.clamp(1, variant.widths[0]));
+        Product { w, kernel, width, block_bytes: plan.block_bytes, args, y: Shared(y.as_mut_ptr()), y_stride }
     }
-    let (kernel, width) = (variant.tile, plan.width.clamp(1, variant.widths[0]));
-    let tile_rows = form.tile_rows();
-    let y = Shared(y.as_mut_ptr());
+
+    /// Activation rows that stay in cache.
+    fn block(&self, n: usize) -> usize {
+        let TileArgs { form, k, tables, .. } = self.args;
+        let per_row = k * if form.act_group() == 0 { 4 } else { 1 } + tables.len() / n * size_of::<Table>();
+        (self.block_bytes / per_row).clamp(1, n).next_multiple_of(self.width)
+    }
+}
+
+/// Computes products of the same `n` activation rows. A thread takes its share of the rows of every matrix, so that forms of
+/// different weight balance and a thread meets the same tiles every time. `finish(i.., rows)` is called when a share is there
+/// for activation rows `i..`, with the last matrix's rows; matrices of as many rows have the same shares.
+fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize>, Range<usize>) + Sync)) {
     // Blocks of activations that stay in cache meet all tiles; a tile stays in cache while it meets the block.
-    let per_row = k * if form.act_group() == 0 { 4 } else { 1 } + args.tables.len() / n * size_of::<Table>();
-    let block = (plan.block_bytes / per_row).clamp(1, n).next_multiple_of(width);
+    let block = products.iter().map(|p| p.block(n)).min().unwrap_or(n);
+    let parts = pool.threads();
     for start in (0..n).step_by(block) {
-        let rows_end = n.min(start + block);
-        pool.run(w.tiles(), &|index| {
-            let row = index * tile_rows;
-            let rows = tile_rows.min(w.rows - row);
-            let mut args = TileArgs { tile: w.tile(index), ..args };
+        let inputs = start..n.min(start + block);
+        pool.run(parts, &|part| {
             let mut out: TileOut = [[0.0; MAX_TILE]; BATCH];
-            for first in (start..rows_end).step_by(width) {
-                args.first = first;
-                args.count = width.min(rows_end - first);
-                // SAFETY: `ks` is usable on this machine and `kernel` is its kernel for the form; the slices were cut above.
-                unsafe { kernel(&args, &mut out) };
-                for (j, sums) in out.iter().enumerate().take(args.count) {
-                    // SAFETY: within `y` by the check on entry; rows of this tile are written by this part alone.
-                    unsafe { y.slice((first + j) * y_stride + row, rows) }.copy_from_slice(&sums[..rows]);
+            let mut share = 0..0;
+            for p in products {
+                let tile_rows = p.args.form.tile_rows();
+                // In units of the largest tile, whatever the form.
+                let edge = |part: usize| (p.w.rows.div_ceil(MAX_TILE) * part / parts * MAX_TILE).min(p.w.rows);
+                share = edge(part)..edge(part + 1);
+                for row in share.clone().step_by(tile_rows) {
+                    let rows = tile_rows.min(p.w.rows - row);
+                    let mut args = TileArgs { tile: p.w.tile(row / tile_rows), ..p.args };
+                    for first in inputs.clone().step_by(p.width) {
+                        args.first = first;
+                        args.count = p.width.min(inputs.end - first);
+                        // SAFETY: `Product::new` had kernels that are usable on this machine, and cut the slices.
+                        unsafe { (p.kernel)(&args, &mut out) };
+                        for (j, sums) in out.iter().enumerate().take(args.count) {
+                            // SAFETY: within `y` by the check in `Product::new`; rows of this tile are written by this
+                            // part alone, as edges are multiples of tiles.
+                            unsafe { p.y.slice((first + j) * p.y_stride + row, rows) }.copy_from_slice(&sums[..rows]);
+                        }
+                    }
                 }
             }
+            finish(inputs.clone(), share);
         });
     }
 }
