@@ -1,83 +1,232 @@
-//! Causal grouped-query attention of one token over the KV cache.
+//! Causal grouped-query attention of a micro-batch over the KV cache: how it is divided into work.
 //!
-//! Scores, maximum, exponentials, sum, weighted values: each in order of position and for each head by itself, so that
-//! blocks, chunks, batches and how heads are grouped do not show in the result.
+//! A piece of work is one KV head and a tile of neighbouring tokens of a sequence: keys and values are read once for all of
+//! the tile's tokens and heads. Where there are few such pieces, each is divided into ranges of positions, which are
+//! always computed by themselves and merged in order (`ops::attention`). So how work is divided does not show in the result.
 
-use crate::descriptor::KvType;
 use crate::dispatch::Kernels;
-use crate::kv::{KvCache, BLOCK_TOKENS};
+use crate::kv::{KvCache, Slot, BLOCK_TOKENS};
 use crate::ops;
+use crate::ops::attention::{padded, partial_len, Task, Work, RANGE};
+use crate::pool::Pool;
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Scratch of one thread.
-#[derive(Default)]
-pub struct Scratch {
-    /// Of each head, a score per position.
-    scores: Vec<f32>,
-    /// Rows of a block as f32.
-    rows: Vec<f32>,
-}
+/// Query rows (tokens × heads) of a tile, if a token has not more.
+const TILE_ROWS: usize = 32;
+/// Pieces of work per thread below which ranges are computed apart.
+const FEW: usize = 4;
 
-/// What a token attends to: positions `0..len` of `blocks`, as one layer's KV head keeps them.
+/// What queries attend to.
 #[derive(Clone, Copy)]
 pub struct Past<'a> {
     pub kv: &'a KvCache,
-    pub blocks: &'a [u32],
     pub layer: usize,
-    pub kv_head: usize,
-    pub len: usize,
+    /// Blocks of each sequence of the batch.
+    pub blocks: &'a [&'a [u32]],
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// c of `c · tanh(score / c)` (Gemma 2, arXiv:2408.00118).
+    pub soft_cap: Option<f32>,
+    /// Positions that a token sees at most, its own included.
+    pub window: Option<usize>,
+}
+
+/// A KV head's share of a tile of tokens.
+struct Piece {
+    rows: Range<usize>,
+    head: usize,
+    ranges: Range<usize>,
+    /// Place of the result among partial results; `None` if all ranges are here.
+    partial: Option<usize>,
+}
+
+/// Scratch of one thread.
+#[derive(Default)]
+struct Scratch {
+    queries: Vec<f32>,
+    slots: Vec<Slot>,
+    visible: Vec<Range<usize>>,
+    total: Vec<f32>,
+    part: Vec<f32>,
+    work: Work,
+}
+
+/// `out = softmax(scale · q·Kᵀ) · V` for every row and head. `rows` has each row's sequence (an index of `past.blocks`) and
+/// position, all positions up to which are stored; `q` and `out` hold `heads · dim` floats a row. `partials` is scratch.
+///
+/// Panics if lengths do not match.
+pub fn attend(
+    ks: &Kernels,
+    past: Past<'_>,
+    rows: &[(usize, usize)],
+    q: &[f32],
+    out: &mut [f32],
+    partials: &mut Vec<f32>,
+    pool: &Pool,
+) {
+    let (dim, kv_heads) = (past.kv.head_dim(), past.kv.kv_heads());
+    if rows.is_empty() {
+        return;
+    }
+    let wide = q.len() / rows.len();
+    assert!(q.len() == rows.len() * wide && out.len() == q.len() && wide > 0 && wide % (kv_heads * dim) == 0);
+    let group = wide / (kv_heads * dim);
+    let tiles = tiles(rows, (TILE_ROWS / group).max(1));
+    let split = pool.threads() > 1 && tiles.len() * kv_heads < FEW * pool.threads();
+    let mut pieces = Vec::new();
+    let mut len = 0;
+    // The longest first.
+    for tile in tiles.iter().rev() {
+        let seen = past.visible(rows[tile.start].1).start / RANGE..(rows[tile.end - 1].1 + 1).div_ceil(RANGE);
+        for head in 0..kv_heads {
+            if split && seen.len() > 1 {
+                for range in seen.clone() {
+                    pieces.push(Piece { rows: tile.clone(), head, ranges: range..range + 1, partial: Some(len) });
+                    len += partial_len(tile.len() * group, dim);
+                }
+            } else {
+                pieces.push(Piece { rows: tile.clone(), head, ranges: seen.clone(), partial: None });
+            }
+        }
+    }
+    partials.resize(len.max(partials.len()), 0.0);
+    let (target, partial) = (Shared(out.as_mut_ptr()), Shared(partials.as_mut_ptr()));
+    let next = AtomicUsize::new(0);
+    pool.run(pool.threads(), &|_| {
+        thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+        SCRATCH.with_borrow_mut(|scratch| {
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                past.compute(ks, piece, rows, q, wide, scratch);
+                match piece.partial {
+                    // SAFETY: pieces have places of their own, within the length just set.
+                    Some(at) => unsafe { partial.slice(at, scratch.total.len()) }.copy_from_slice(&scratch.total),
+                    // SAFETY: these heads of these rows are this piece's alone.
+                    None => unsafe { finish(ks, piece, &scratch.total, dim, wide, target) },
+                }
+            }
+        });
+    });
+    let mut rest = &mut partials[..len];
+    let mut pieces = pieces.iter().filter(|piece| piece.partial.is_some()).peekable();
+    while let Some(piece) = pieces.next() {
+        let size = partial_len(piece.rows.len() * group, dim);
+        let (total, others) = rest.split_at_mut(size);
+        rest = others;
+        while pieces.next_if(|other| other.head == piece.head && other.rows == piece.rows).is_some() {
+            let (part, others) = rest.split_at_mut(size);
+            rest = others;
+            ops::merge(ks, piece.rows.len() * group, total, part);
+        }
+        // SAFETY: no thread works any more.
+        unsafe { finish(ks, piece, total, dim, wide, target) };
+    }
+}
+
+/// Neighbouring rows of the same sequence, at most `most` together.
+fn tiles(rows: &[(usize, usize)], most: usize) -> Vec<Range<usize>> {
+    let mut tiles: Vec<Range<usize>> = Vec::new();
+    for (i, &(sequence, position)) in rows.iter().enumerate() {
+        match tiles.last_mut() {
+            Some(tile) if tile.len() < most && rows[i - 1] == (sequence, position.wrapping_sub(1)) => tile.end += 1,
+            _ => tiles.push(i..i + 1),
+        }
+    }
+    tiles
 }
 
 impl Past<'_> {
-    /// K (or V) rows of block `b` within `len`, as f32.
-    fn rows<'s>(&'s self, ks: &Kernels, b: usize, dim: usize, values: bool, scratch: &'s mut Vec<f32>) -> &'s [f32] {
-        let (k, v) = self.kv.rows(self.blocks[b], self.layer, self.kv_head);
-        let (rows, n) = (if values { v } else { k }, BLOCK_TOKENS.min(self.len - b * BLOCK_TOKENS) * dim);
-        match self.kv.kind() {
-            // SAFETY: `KvCache::rows` vouches for 32 rows of `dim` elements; the map begins at a page, and offsets in it
-            // are multiples of 32 elements.
-            KvType::F32 => unsafe { core::slice::from_raw_parts(rows.cast::<f32>(), n) },
-            KvType::F16 => {
-                scratch.resize(BLOCK_TOKENS * dim, 0.0);
-                // SAFETY: as above.
-                ops::from_f16(ks, unsafe { core::slice::from_raw_parts(rows.cast::<u16>(), n) }, &mut scratch[..n]);
-                &scratch[..n]
+    /// What the token of a position sees.
+    fn visible(&self, position: usize) -> Range<usize> {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window.max(1)))..position + 1
+    }
+
+    /// Computes a piece into `scratch.total`.
+    fn compute(
+        &self,
+        ks: &Kernels,
+        piece: &Piece,
+        rows: &[(usize, usize)],
+        q: &[f32],
+        wide: usize,
+        scratch: &mut Scratch,
+    ) {
+        let (dim, kv_heads) = (self.kv.head_dim(), self.kv.kv_heads());
+        let group = wide / (kv_heads * dim);
+        let Scratch { queries, slots, visible, total, part, work } = scratch;
+        queries.clear();
+        visible.clear();
+        for row in piece.rows.clone() {
+            queries.extend_from_slice(&q[row * wide + piece.head * group * dim..][..group * dim]);
+            visible.push(self.visible(rows[row].1));
+        }
+        ops::scale(ks, queries, self.scale);
+        let blocks = self.blocks[rows[piece.rows.start].0];
+        let end = visible.last().map_or(0, |seen| seen.end.div_ceil(BLOCK_TOKENS));
+        assert!(end <= blocks.len(), "attend: {} blocks of {end}", blocks.len());
+        let len = partial_len(visible.len() * group, dim);
+        for range in piece.ranges.clone() {
+            const BLOCKS: usize = RANGE / BLOCK_TOKENS;
+            slots.clear();
+            let slot = |&block: &u32| self.kv.slot(block, self.layer, piece.head);
+            let last = end.min((range + 1) * BLOCKS);
+            slots.extend(blocks[range * BLOCKS..last].iter().map(slot));
+            let task = Task {
+                kind: self.kv.kind(),
+                dim,
+                group,
+                queries,
+                visible,
+                start: range * RANGE,
+                slots,
+                next: blocks[..end].get(last).map(slot),
+                soft_cap: self.soft_cap,
+            };
+            let to = if range == piece.ranges.start { &mut *total } else { &mut *part };
+            to.resize(len, 0.0);
+            // SAFETY: `ks` is usable on this machine. The slots are the cache's, and hold what the tokens see, as the caller
+            // promises; if not, they hold other numbers.
+            unsafe { (ks.ops.attend)(&task, work, to) };
+            if range > piece.ranges.start {
+                ops::merge(ks, visible.len() * group, total, part);
             }
         }
     }
 }
 
-/// `out = softmax(q·Kᵀ · scale) · V` of heads that share a KV head; `q` and `out` hold them one after the other.
+/// Divides a piece's sums into the output.
 ///
-/// Panics if `dim`, the cache's head dimension, does not divide both, or the blocks are fewer than `len` needs.
-pub fn attend(ks: &Kernels, past: Past<'_>, dim: usize, q: &[f32], scale: f32, scratch: &mut Scratch, out: &mut [f32]) {
-    assert!(dim == past.kv.head_dim() && q.len() % dim == 0 && q.len() == out.len() && past.len > 0);
-    let Scratch { scores, rows } = scratch;
-    let len = past.len;
-    scores.clear();
-    scores.resize(q.len() / dim * len, 0.0);
-    let blocks = len.div_ceil(BLOCK_TOKENS);
-    for b in 0..blocks {
-        let keys = past.rows(ks, b, dim, false, rows);
-        for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_exact_mut(len)) {
-            for (key, score) in keys.chunks_exact(dim).zip(&mut scores[b * BLOCK_TOKENS..]) {
-                *score = ops::dot(ks, q, key) * scale;
-            }
-        }
+/// # Safety
+///
+/// `out` has `wide` floats of every row, and nobody else uses the piece's heads and rows of it.
+unsafe fn finish(ks: &Kernels, piece: &Piece, total: &[f32], dim: usize, wide: usize, out: Shared) {
+    let rows = total.len() / (2 + padded(dim));
+    let group = rows / piece.rows.len();
+    for i in 0..rows {
+        let at = (piece.rows.start + i / group) * wide + (piece.head * group + i % group) * dim;
+        // SAFETY: the caller's.
+        let out = unsafe { out.slice(at, dim) };
+        out.copy_from_slice(&total[2 * rows + i * padded(dim)..][..dim]);
+        ops::scale(ks, out, 1.0 / total[rows + i]);
     }
-    out.fill(0.0);
-    for scores in scores.chunks_exact_mut(len) {
-        let max = ops::max(ks, scores);
-        ops::exp(ks, scores, max);
-    }
-    for b in 0..blocks {
-        let values = past.rows(ks, b, dim, true, rows);
-        for (out, weights) in out.chunks_exact_mut(dim).zip(scores.chunks_exact(len)) {
-            for (value, &weight) in values.chunks_exact(dim).zip(&weights[b * BLOCK_TOKENS..]) {
-                ops::axpy(ks, out, weight, value);
-            }
-        }
-    }
-    for (out, weights) in out.chunks_exact_mut(dim).zip(scores.chunks_exact(len)) {
-        ops::scale(ks, out, 1.0 / ops::sum(ks, weights));
+}
+
+/// A pointer that threads write through, each to places of its own.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+// SAFETY: only moves the address; every use argues why its places are disjoint.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// # Safety
+    ///
+    /// The place lies within the slice that the pointer was made of, and nothing else uses it.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
+        // SAFETY: the caller's.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }

@@ -63,6 +63,26 @@ pub struct Hyper {
 pub enum KvType {
     F16,
     F32,
+    /// Signed bytes, with an f32 scale for every key and value of a head.
+    Q8,
+}
+
+impl KvType {
+    pub(crate) fn element_bytes(self) -> usize {
+        match self {
+            KvType::F16 => 2,
+            KvType::F32 => 4,
+            KvType::Q8 => 1,
+        }
+    }
+
+    /// Bytes beside the elements of a key or value.
+    pub(crate) fn scale_bytes(self) -> usize {
+        match self {
+            KvType::F16 | KvType::F32 => 0,
+            KvType::Q8 => 4,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]

@@ -1,10 +1,14 @@
 //! The KV cache: blocks of 32 positions shared by all sequences of a shard.
 //!
-//! A block holds K and V of all the shard's layers for 32 positions: per layer and KV head 32 rows of K, then 32 of V. The
-//! memory is one anonymous map that costs only what is touched.
+//! A block has a slot of each layer and KV head: keys by dimension, 32 positions next to each other, then values by position.
+//! With 8-bit codes the scales of the positions' keys, then of their values, follow. Slots of a layer and head lie together
+//! in order of blocks, so that what attention reads is one stream. The memory is one anonymous map that costs only what is
+//! touched.
 
 use crate::descriptor::KvType;
+use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
+use crate::ops;
 use memmap2::MmapMut;
 use std::collections::{HashMap, HashSet};
 
@@ -31,13 +35,29 @@ struct Saved {
     bytes: Vec<u8>,
 }
 
+/// One layer's and head's keys and values of a block.
+#[derive(Clone, Copy)]
+pub(crate) struct Slot {
+    /// `head_dim` × 32.
+    pub keys: *const u8,
+    /// 32 × `head_dim`.
+    pub values: *const u8,
+    /// 32 each; only of `KvType::Q8`.
+    pub key_scales: *const f32,
+    pub value_scales: *const f32,
+}
+
 /// Blocks and who holds them.
 pub struct KvCache {
     memory: MmapMut,
     kind: KvType,
+    layers: usize,
     kv_heads: usize,
     head_dim: usize,
-    block_bytes: usize,
+    slot_bytes: usize,
+    /// A row's floats on their way into the cache.
+    halves: Vec<u16>,
+    codes: Vec<i8>,
     free: Vec<u32>,
     total: usize,
     sequences: HashMap<u32, Sequence>,
@@ -47,15 +67,12 @@ impl KvCache {
     /// Room for `tokens` positions, rounded up to blocks.
     pub fn new(kind: KvType, tokens: usize, layers: usize, kv_heads: usize, head_dim: usize) -> Result<Self> {
         let total = tokens.div_ceil(BLOCK_TOKENS);
-        let element = match kind {
-            KvType::F16 => 2,
-            KvType::F32 => 4,
-        };
         let too_large = || Error::new(Error::EXHAUSTED, format!("a KV cache of {tokens} tokens is too large"));
-        let block_bytes = [2, layers, kv_heads, head_dim, element]
-            .into_iter()
-            .try_fold(BLOCK_TOKENS, usize::checked_mul)
+        let slot_bytes = head_dim
+            .checked_mul(kind.element_bytes())
+            .and_then(|row| row.checked_add(kind.scale_bytes())?.checked_mul(2 * BLOCK_TOKENS))
             .ok_or_else(too_large)?;
+        let block_bytes = layers.checked_mul(kv_heads).and_then(|n| n.checked_mul(slot_bytes)).ok_or_else(too_large)?;
         let bytes = block_bytes.checked_mul(total).filter(|&b| b <= isize::MAX as usize).ok_or_else(too_large)?;
         if total > u32::MAX as usize {
             return Err(too_large());
@@ -64,7 +81,19 @@ impl KvCache {
             .map_err(|e| Error::new(Error::EXHAUSTED, format!("KV cache of {bytes} bytes: {e}")))?;
         // The first blocks are handed out first.
         let free = (0..total as u32).rev().collect();
-        Ok(Self { memory, kind, kv_heads, head_dim, block_bytes, free, total, sequences: HashMap::new() })
+        Ok(Self {
+            memory,
+            kind,
+            layers,
+            kv_heads,
+            head_dim,
+            slot_bytes,
+            halves: vec![0; head_dim],
+            codes: vec![0; head_dim],
+            free,
+            total,
+            sequences: HashMap::new(),
+        })
     }
 
     pub fn kind(&self) -> KvType {
@@ -72,6 +101,9 @@ impl KvCache {
     }
     pub fn head_dim(&self) -> usize {
         self.head_dim
+    }
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
     }
     pub fn blocks_total(&self) -> usize {
         self.total
@@ -154,9 +186,9 @@ impl KvCache {
             let again: HashSet<u32> = saved.sequence.blocks[kept..].iter().copied().collect();
             self.free.retain(|block| !again.contains(block));
             let blocks = &saved.sequence.blocks[pos / BLOCK_TOKENS..];
-            for (&block, bytes) in blocks.iter().zip(saved.bytes.chunks_exact(self.block_bytes)) {
-                let at = block as usize * self.block_bytes;
-                self.memory[at..at + self.block_bytes].copy_from_slice(bytes);
+            let slots: Vec<usize> = blocks.iter().flat_map(|&block| self.places(block)).collect();
+            for (at, bytes) in slots.into_iter().zip(saved.bytes.chunks_exact(self.slot_bytes)) {
+                self.memory[at..at + self.slot_bytes].copy_from_slice(bytes);
             }
             self.sequences.insert(seq, saved.sequence);
         }
@@ -167,33 +199,82 @@ impl KvCache {
         let Some(sequence) = self.sequences.get(&seq).filter(|s| pos < s.tokens.len()) else { return Ok(None) };
         let blocks = &sequence.blocks[pos / BLOCK_TOKENS..];
         let mut bytes = Vec::new();
-        let size = blocks.len() * self.block_bytes;
+        let size = blocks.len() * self.layers * self.kv_heads * self.slot_bytes;
         bytes.try_reserve_exact(size).map_err(|e| Error::exhausted(format!("{size} bytes for a copy: {e}")))?;
-        for &block in blocks {
-            bytes.extend_from_slice(&self.memory[block as usize * self.block_bytes..][..self.block_bytes]);
+        for at in blocks.iter().flat_map(|&block| self.places(block)) {
+            bytes.extend_from_slice(&self.memory[at..at + self.slot_bytes]);
         }
         Ok(Some(Saved { sequence: sequence.clone(), bytes }))
     }
 
-    /// Byte offset of K (V follows) of a layer and KV head in a block, and the bytes of one row.
-    fn place(&self, block: u32, layer: usize, head: usize) -> (usize, usize) {
-        let row = self.head_dim * if self.kind == KvType::F16 { 2 } else { 4 };
-        (block as usize * self.block_bytes + (layer * self.kv_heads + head) * 2 * BLOCK_TOKENS * row, row)
+    /// Byte offset of a slot.
+    fn place(&self, block: u32, layer: usize, head: usize) -> usize {
+        assert!((block as usize) < self.total && layer < self.layers && head < self.kv_heads);
+        ((layer * self.kv_heads + head) * self.total + block as usize) * self.slot_bytes
     }
 
-    /// The address of K and V rows of a block: 32 rows each, contiguous.
-    pub fn rows(&self, block: u32, layer: usize, head: usize) -> (*const u8, *const u8) {
-        let (at, row) = self.place(block, layer, head);
-        assert!(at + 2 * BLOCK_TOKENS * row <= self.memory.len());
-        // SAFETY: the assertion keeps both addresses inside the map.
-        unsafe { (self.memory.as_ptr().add(at), self.memory.as_ptr().add(at + BLOCK_TOKENS * row)) }
+    /// Byte offsets of all slots of a block.
+    fn places(&self, block: u32) -> impl Iterator<Item = usize> {
+        let (total, bytes, slots) = (self.total, self.slot_bytes, self.layers * self.kv_heads);
+        (0..slots).map(move |slot| (slot * total + block as usize) * bytes)
     }
 
-    /// The same, to be written.
-    pub fn rows_mut(&mut self, block: u32, layer: usize, head: usize) -> (*mut u8, *mut u8) {
-        let (at, row) = self.place(block, layer, head);
-        assert!(at + 2 * BLOCK_TOKENS * row <= self.memory.len());
-        // SAFETY: the assertion keeps both addresses inside the map.
-        unsafe { (self.memory.as_mut_ptr().add(at), self.memory.as_mut_ptr().add(at + BLOCK_TOKENS * row)) }
+    /// Bytes of a slot's keys, as many as of its values.
+    fn half_bytes(&self) -> usize {
+        BLOCK_TOKENS * self.head_dim * self.kind.element_bytes()
+    }
+
+    pub(crate) fn slot(&self, block: u32, layer: usize, head: usize) -> Slot {
+        let half = self.half_bytes();
+        let slot = &self.memory[self.place(block, layer, head)..][..self.slot_bytes];
+        let scales = slot[2 * half..].as_ptr().cast::<f32>();
+        // `wrapping_add`: there are no scales but of `KvType::Q8`.
+        Slot {
+            keys: slot.as_ptr(),
+            values: slot[half..].as_ptr(),
+            key_scales: scales,
+            value_scales: scales.wrapping_add(BLOCK_TOKENS),
+        }
+    }
+
+    /// Stores a key and a value of `head_dim` floats at a position's place in its block.
+    ///
+    /// 8-bit codes are within half of their scale, max|x| / 254, of the floats; half floats within 2^−11 of each.
+    #[allow(clippy::too_many_arguments)]
+    pub fn store(
+        &mut self,
+        ks: &Kernels,
+        block: u32,
+        layer: usize,
+        head: usize,
+        position: usize,
+        k: &[f32],
+        v: &[f32],
+    ) {
+        assert!(position < BLOCK_TOKENS && k.len() == self.head_dim && v.len() == self.head_dim);
+        let (at, half) = (self.place(block, layer, head), self.half_bytes());
+        let (keys, rest) = self.memory[at..at + self.slot_bytes].split_at_mut(half);
+        let (values, scales) = rest.split_at_mut(half);
+        // An element's bytes at a place counted in elements.
+        fn put<const N: usize>(to: &mut [u8], place: usize, bytes: [u8; N]) {
+            to[place * N..(place + 1) * N].copy_from_slice(&bytes);
+        }
+        let first = position * self.head_dim;
+        for (is_key, x) in [(true, k), (false, v)] {
+            let to = if is_key { &mut *keys } else { &mut *values };
+            let place = |i: usize| if is_key { i * BLOCK_TOKENS + position } else { first + i };
+            match self.kind {
+                KvType::F32 => x.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes())),
+                KvType::F16 => {
+                    ops::to_f16(ks, x, &mut self.halves);
+                    self.halves.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes()));
+                }
+                KvType::Q8 => {
+                    let scale = ops::to_q8(ks, x, &mut self.codes);
+                    self.codes.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes()));
+                    put(scales, position + if is_key { 0 } else { BLOCK_TOKENS }, scale.to_ne_bytes());
+                }
+            }
+        }
     }
 }

@@ -3,14 +3,9 @@
 use super::{load_or_zeros, store_within};
 use crate::arch::vector::Vector;
 
-/// e^x within 1 unit in the last place. With n = round(x / ln 2) and r = x − n·ln 2 in two parts, |r| ≤ 0.3466, a polynomial of
-/// degree 7 gives e^r; 2^n is multiplied in two exact halves, which lets the result overflow to infinity and underflow
-/// through subnormals to 0 where it should.
+/// (n, e^r within rounding) of x = n · ln 2 + r, n a whole number and |r| ≤ 0.3466: a polynomial of degree 7, r in two parts.
 #[inline(always)]
-pub(super) unsafe fn exp_lanes<V: Vector>(x: V) -> V {
-    // Beyond these the result is 0 or infinite already. Written so that NaN passes: `max` and `min` give the second.
-    let x = V::splat(-105.0).max(x);
-    let x = V::splat(90.0).min(x);
+unsafe fn parts<V: Vector>(x: V) -> (V, V) {
     let n = x.mul(V::splat(std::f32::consts::LOG2_E)).round();
     // ln 2 in two parts; the first has few enough bits that n times it is exact.
     let r = n.fma(V::splat(-0.693_359_4), x);
@@ -20,8 +15,27 @@ pub(super) unsafe fn exp_lanes<V: Vector>(x: V) -> V {
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0, 1.0] {
         p = p.fma(r, V::splat(c));
     }
+    (n, p)
+}
+
+/// e^x within 1 unit in the last place. 2^n is multiplied in two exact halves, which lets the result overflow to infinity and
+/// underflow through subnormals to 0 where it should.
+#[inline(always)]
+pub(super) unsafe fn exp_lanes<V: Vector>(x: V) -> V {
+    // Beyond these the result is 0 or infinite already. Written so that NaN passes: `max` and `min` give the second.
+    let x = V::splat(-105.0).max(x);
+    let x = V::splat(90.0).min(x);
+    let (n, p) = parts(x);
     let half = n.mul(V::splat(0.5)).round();
     p.mul(half.exp2_integer()).mul(n.sub(half).exp2_integer())
+}
+
+/// The same bits for x from −44 to 0, or NaN; below, e^−44 (8·10^−20): next to weights whose sum is at least 1 that is nothing,
+/// and sums stay clear of subnormals, which are slow.
+#[inline(always)]
+pub(super) unsafe fn exp_weight<V: Vector>(x: V) -> V {
+    let (n, p) = parts(V::splat(-44.0).max(x));
+    p.mul(n.exp2_integer())
 }
 
 #[inline(always)]

@@ -4,6 +4,7 @@
 //! `LANES` virtual lanes: element i goes to lane i mod 16, lanes are added as (i) + (i + 8), then by `Vector::reduce_add`.
 //! A tail is padded with zeros, so the order depends on the length alone.
 
+pub(crate) mod attention;
 mod dot;
 mod elementwise;
 mod exp;
@@ -40,10 +41,14 @@ pub(crate) struct FloatOps {
     pub to_f16: unsafe fn(&[f32], &mut [u16]),
     pub from_f16: unsafe fn(&[u16], &mut [f32]),
     pub rope: unsafe fn(&mut [f32], &[f32], &[f32], RopeStyle),
+    pub to_q8: unsafe fn(&[f32], &mut [i8]) -> f32,
+    pub attend: unsafe fn(&attention::Task, &mut attention::Work, &mut [f32]),
+    pub merge: unsafe fn(usize, &mut [f32], &[f32]),
 }
 
 /// The generic functions under the names of `FloatOps`' fields.
 pub(crate) mod generic {
+    pub(crate) use super::attention::{attend, merge, to_q8};
     pub(crate) use super::dot::{axpy, axpy_f16, dot, dot_f16};
     pub(crate) use super::elementwise::{add, scale};
     pub(crate) use super::exp::{exp, silu_mul};
@@ -71,6 +76,9 @@ macro_rules! float_ops {
             to_f16(x: &[f32], out: &mut [u16]) -> ();
             from_f16(x: &[u16], out: &mut [f32]) -> ();
             rope(x: &mut [f32], cos: &[f32], sin: &[f32], style: $crate::ops::RopeStyle) -> ();
+            to_q8(x: &[f32], codes: &mut [i8]) -> f32;
+            attend(task: &$crate::ops::attention::Task, work: &mut $crate::ops::attention::Work, out: &mut [f32]) -> ();
+            merge(rows: usize, total: &mut [f32], part: &[f32]) -> ();
         )
     };
     (@ $vector:ty, $features:tt, $($name:ident ( $($arg:ident : $ty:ty),* ) -> $out:ty;)*) => {
@@ -235,4 +243,18 @@ pub fn rope(ks: &Kernels, x: &mut [f32], cos: &[f32], sin: &[f32], style: RopeSt
     assert!(cos.len() == sin.len() && 2 * cos.len() <= x.len());
     // SAFETY: see above.
     unsafe { (ks.ops.rope)(x, cos, sin, style) }
+}
+
+/// To int8 codes, rounded to nearest, ties to even; returns their scale, max|x| / 127 (see `quantize` for NaN and infinity).
+pub fn to_q8(ks: &Kernels, x: &[f32], codes: &mut [i8]) -> f32 {
+    assert_eq!(x.len(), codes.len());
+    // SAFETY: see above.
+    unsafe { (ks.ops.to_q8)(x, codes) }
+}
+
+/// Adds attention's result over a later range of positions to that over those before.
+pub(crate) fn merge(ks: &Kernels, rows: usize, total: &mut [f32], part: &[f32]) {
+    assert_eq!(total.len(), part.len());
+    // SAFETY: see above.
+    unsafe { (ks.ops.merge)(rows, total, part) }
 }

@@ -5,13 +5,13 @@ mod progress;
 mod rope;
 mod weights;
 
-use crate::attention::{attend, Past, Scratch};
+use crate::attention::{attend, Past};
 use crate::batch::Batch;
-use crate::descriptor::{Descriptor, Hyper, KvType, RopeStyle};
+use crate::descriptor::{Descriptor, Hyper, RopeStyle};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, BLOCK_TOKENS};
-use crate::matmul::{matmul, Activations};
+use crate::matmul::{matmul, matmul_all, matmul_gated, Activations, Plan};
 use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
@@ -21,7 +21,6 @@ use crate::weight_cache::CacheReport;
 use answers::{answers, needed_rows, result_bytes, sampled_bytes, write};
 pub use progress::Progress;
 use rope::RopeTable;
-use std::cell::RefCell;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -60,6 +59,8 @@ struct Buffers {
     k: Vec<f32>,
     v: Vec<f32>,
     attended: Vec<f32>,
+    /// Attention's results of ranges.
+    partials: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
     delta: Vec<f32>,
@@ -257,6 +258,7 @@ impl Shard {
         rope.grow(rows.iter().map(|&(_, pos)| pos + 1).max().unwrap_or(0));
         let blocks: Vec<Vec<u32>> =
             batch.entries.iter().map(|e| kv.get(e.seq).expect("extended before").blocks.clone()).collect();
+        let blocks: Vec<&[u32]> = blocks.iter().map(|blocks| &blocks[..]).collect();
 
         resize(&mut b.hidden, n * d);
         match &self.weights.embedding {
@@ -285,9 +287,11 @@ impl Shard {
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
-            self.product(pool, &layer.q, act, n, &mut b.q);
-            self.product(pool, &layer.k, act, n, &mut b.k);
-            self.product(pool, &layer.v, act, n, &mut b.v);
+            let plan = Plan::default();
+            let products =
+                [(plan, &layer.q, &mut b.q[..]), (plan, &layer.k, &mut b.k[..]), (plan, &layer.v, &mut b.v[..])];
+            let bytes = products.iter().map(|(_, w, _)| w.bytes()).sum::<usize>();
+            matmul_all(ks, products, act, self.pool_for(pool, bytes * n));
             profile.end(Step::QueryKeyValue);
 
             let style = h.rope.style;
@@ -308,7 +312,7 @@ impl Shard {
                 let block = blocks[e][pos / BLOCK_TOKENS];
                 for head in 0..h.kv_heads {
                     let at = i * kv_wide + head * dim;
-                    store(ks, kv, block, index, head, pos % BLOCK_TOKENS, &b.k[at..at + dim], &b.v[at..at + dim]);
+                    kv.store(ks, block, index, head, pos % BLOCK_TOKENS, &b.k[at..at + dim], &b.v[at..at + dim]);
                 }
             }
 
@@ -330,24 +334,17 @@ impl Shard {
             }
 
             resize(&mut b.attended, n * wide);
-            let out = Shared(b.attended.as_mut_ptr());
-            let (q, cache) = (&b.q, &*kv);
-            let scale = 1.0 / (dim as f32).sqrt();
+            let past = Past {
+                kv,
+                layer: index,
+                blocks: &blocks,
+                scale: 1.0 / (dim as f32).sqrt(),
+                soft_cap: None,
+                window: None,
+            };
             let cached: usize = rows.iter().map(|&(_, pos)| pos + 1).sum();
-            // The heads of a KV head go together, unless that leaves threads without work.
-            let group = h.heads / h.kv_heads;
-            let together = if n * h.kv_heads < pool.threads() { 1 } else { group };
-            let parts = h.heads / together;
-            self.pool_for(pool, cached * wide * 8).run(n * parts, &|part| {
-                thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
-                let (i, head) = (part / parts, part % parts * together);
-                let (e, pos) = rows[i];
-                let past = Past { kv: cache, blocks: &blocks[e], layer: index, kv_head: head / group, len: pos + 1 };
-                let (at, len) = (i * wide + head * dim, together * dim);
-                // SAFETY: these heads of row i are this part's own.
-                let out = unsafe { out.part(at, len) };
-                SCRATCH.with_borrow_mut(|scratch| attend(ks, past, dim, &q[at..at + len], scale, scratch, out));
-            });
+            let pool_here = self.pool_for(pool, cached * wide * 8);
+            attend(ks, past, &rows, &b.q[..n * wide], &mut b.attended[..n * wide], &mut b.partials, pool_here);
             profile.end(Step::Attention);
             act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
             profile.end(Step::Quantize);
@@ -363,11 +360,9 @@ impl Shard {
             profile.end(Step::Quantize);
             resize(&mut b.gate, n * ff);
             resize(&mut b.up, n * ff);
-            self.product(pool, &layer.gate, act, n, &mut b.gate);
-            self.product(pool, &layer.up, act, n, &mut b.up);
-            let (gate, up) = (Shared(b.gate.as_mut_ptr()), &b.up);
-            // SAFETY: row i is this part's own.
-            pool.run(n, &|i| ops::silu_mul(ks, unsafe { gate.part(i * ff, ff) }, &up[i * ff..(i + 1) * ff]));
+            let gated = [(plan, &layer.gate), (plan, &layer.up)];
+            let bytes = gated.iter().map(|(_, w)| w.bytes()).sum::<usize>();
+            matmul_gated(ks, gated, ops::silu_mul, act, &mut b.gate, &mut b.up, self.pool_for(pool, bytes * n));
             profile.end(Step::GateUp);
             act.prepare(ks, &b.gate[..n * ff], n, ff, &[layer.down.form], pool);
             profile.end(Step::Quantize);
@@ -476,22 +471,4 @@ fn rotate(ks: &Kernels, x: &mut [f32], cos: &[f32], sin: &[f32], style: RopeStyl
         RopeStyle::Neox => ops::RopeStyle::Neox,
     };
     ops::rope(ks, x, cos, sin, style);
-}
-
-#[allow(clippy::too_many_arguments)]
-fn store(ks: &Kernels, kv: &mut KvCache, block: u32, layer: usize, head: usize, row: usize, k: &[f32], v: &[f32]) {
-    let (k_rows, v_rows) = kv.rows_mut(block, layer, head);
-    for (rows, x) in [(k_rows, k), (v_rows, v)] {
-        // SAFETY: `rows_mut` vouches for 32 rows of `x.len()` elements, and row < 32.
-        unsafe {
-            match kv.kind() {
-                KvType::F16 => {
-                    ops::to_f16(ks, x, core::slice::from_raw_parts_mut(rows.cast::<u16>().add(row * x.len()), x.len()));
-                }
-                KvType::F32 => {
-                    core::slice::from_raw_parts_mut(rows.cast::<f32>().add(row * x.len()), x.len()).copy_from_slice(x);
-                }
-            }
-        }
-    }
 }

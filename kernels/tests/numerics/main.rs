@@ -1,6 +1,7 @@
 //! Tests of the numerics through the crate's public interface: what packing keeps, that every instruction set and thread
 //! count gives the same bits, and that those bits are the specified ones.
 
+mod attention;
 mod goldens;
 mod matmul;
 mod ops;

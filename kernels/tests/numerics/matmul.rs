@@ -2,8 +2,8 @@
 
 use crate::{assert_same, is_float, scale_at, source, stride, Random, Weights};
 use lutra_kernels::{
-    available, dequantize, matmul, matmul_by, pack, pack_as, select, Activations, Kernels, PackedForm, PackedMatrix,
-    Plan, Pool, SourceType,
+    available, dequantize, matmul, matmul_all, matmul_by, matmul_gated, ops, pack, pack_as, select, Activations,
+    Kernels, PackedForm, PackedMatrix, Plan, Pool, SourceType,
 };
 
 /// y = x·Wᵀ with activations prepared for this matrix alone.
@@ -352,4 +352,66 @@ fn unprepared_activations_are_refused() {
     let mut act = Activations::new();
     act.prepare(ks, &[0.0; 64], 1, 64, &[lutra_kernels::PackedForm::of(SourceType::F32)], &pool);
     matmul(ks, &w, &act, &mut [0.0], 1, &pool);
+}
+
+/// Several matrices in one job, of different forms and heights: each gives what it gives alone.
+#[test]
+fn products_in_one_job_are_those_of_each_alone() {
+    let mut random = Random::new(61);
+    let cols = 512;
+    let forms = [
+        (SourceType::Q4_0, 33),
+        (SourceType::Q6_K, 16),
+        (SourceType::TQ2_0, 200),
+        (SourceType::F16, 5),
+        (SourceType::Q2_K, 64),
+    ];
+    for ks in available() {
+        let pool = Pool::new(1);
+        let matrices: Vec<PackedMatrix> = forms
+            .iter()
+            .map(|&(ty, rows)| {
+                let src = source(ty, rows * cols, Weights::Sane, &mut random);
+                pack_as(ks.form(ty), ty, &src, rows, cols, &pool).unwrap()
+            })
+            .collect();
+        // A matrix that goes with each as the other half of a gated pair, of another form.
+        let others: Vec<PackedMatrix> = forms
+            .iter()
+            .map(|&(_, rows)| {
+                let src = source(SourceType::Q8_0, rows * cols, Weights::Sane, &mut random);
+                pack(SourceType::Q8_0, &src, rows, cols, &pool).unwrap()
+            })
+            .collect();
+        // More than one block of activations in the last case.
+        for n in [1, 3, 9, 600] {
+            if n > 9 && ks.isa == lutra_kernels::Isa::Portable {
+                continue;
+            }
+            let x = random.floats(n * cols);
+            let alone = |w: &PackedMatrix| product(ks, w, &x, &Pool::new(1));
+            for threads in [1, 2, 3, 7] {
+                let pool = Pool::new(threads);
+                let mut act = Activations::new();
+                let all: Vec<PackedForm> = matrices.iter().chain(&others).map(|w| w.form).collect();
+                act.prepare(ks, &x, n, cols, &all, &pool);
+                let mut found: Vec<Vec<f32>> = matrices.iter().map(|w| vec![f32::NAN; n * w.rows]).collect();
+                let [a, b, c, d, e] = &mut found[..] else { unreachable!() };
+                let [v, w, x, y, z] = &matrices[..] else { unreachable!() };
+                let plan = Plan::default();
+                let products = [(plan, v, a), (plan, w, b), (plan, x, c), (plan, y, d), (plan, z, e)];
+                matmul_all(ks, products.map(|(plan, w, y)| (plan, w, &mut y[..])), &act, &pool);
+                for (w, found) in matrices.iter().zip(&found) {
+                    assert_same(found, &alone(w), &format!("{} {w:?} × {n}, {threads} threads", ks.isa));
+                }
+                for (w, other) in matrices.iter().zip(&others) {
+                    let mut expected = alone(w);
+                    ops::silu_mul(ks, &mut expected, &alone(other));
+                    let (mut y, mut scratch) = (vec![f32::NAN; n * w.rows], vec![f32::NAN; n * w.rows]);
+                    matmul_gated(ks, [w, other].map(|w| (plan, w)), ops::silu_mul, &act, &mut y, &mut scratch, &pool);
+                    assert_same(&y, &expected, &format!("{} gated {w:?} × {n}, {threads} threads", ks.isa));
+                }
+            }
+        }
+    }
 }

@@ -31,6 +31,8 @@ fn all_ops(ks: &Kernels, x: &[f32], y: &[f32], half: &[u16]) -> Vec<(&'static st
     ops::to_f16(ks, x, &mut halves);
     let mut floats = vec![0.0; n];
     ops::from_f16(ks, half, &mut floats);
+    let mut codes = vec![0i8; n];
+    let scale = ops::to_q8(ks, x, &mut codes);
     let angles = n / 2;
     vec![
         ("add", on(&|x| ops::add(ks, x, y))),
@@ -47,6 +49,7 @@ fn all_ops(ks: &Kernels, x: &[f32], y: &[f32], half: &[u16]) -> Vec<(&'static st
         ("sum", vec![ops::sum(ks, x)]),
         ("to_f16", halves.into_iter().map(f32::from).collect()),
         ("from_f16", floats),
+        ("to_q8", codes.into_iter().map(f32::from).chain([scale]).collect()),
         ("rope norm", on(&|x| ops::rope(ks, x, &y[..angles], &y[angles..2 * angles], RopeStyle::Norm))),
         ("rope neox", on(&|x| ops::rope(ks, x, &y[..angles], &y[angles..2 * angles], RopeStyle::Neox))),
     ]

@@ -86,6 +86,10 @@ impl Vector for Lanes {
         Lanes(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        Lanes(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))))
+    }
+    #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Lanes(_mm256_add_ps(self.0, other.0))
     }
@@ -127,6 +131,16 @@ impl Vector for Lanes {
         let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(self) -> f32 {
+        let four = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
     }
 }
 

@@ -1,13 +1,15 @@
 //! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 16 rows to a register, one instruction for four k of each.
 //!
-//! Float operations, quantising and table lookup are AVX2's: eight lanes are the virtual vector anyway, and none of them
+//! Float operations other than attention, quantising and table lookup are AVX2's: eight lanes are the virtual vector anyway, and none of them
 //! is what a token waits for.
 
 use super::avx2::{self, Lanes};
 use crate::arch::dot::{dot_kernels, Dot};
+use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileKernel, TileOut};
-use crate::ops::float_ops;
+use crate::ops::attention::{attend, Task, Work};
+use crate::ops::{float_ops, FloatOps};
 use crate::pack::{trits, Codes, PackedForm, SourceType};
 use std::arch::x86_64::*;
 
@@ -28,7 +30,10 @@ static KERNELS: Kernels = Kernels {
     preferred,
     quantize: avx2::quantize,
     build_tables: avx2::build_tables,
-    ops: float_ops!(Lanes, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c"),
+    ops: FloatOps {
+        attend: attend_wide,
+        ..float_ops!(Lanes, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
+    },
     read,
 };
 
@@ -54,6 +59,98 @@ dot_kernels!(Rows, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16
 #[target_feature(enable = "avx512f")]
 unsafe fn read(words: &[u64]) -> u64 {
     words.iter().fold(0, |sum, word| sum ^ word)
+}
+
+/// # Safety
+///
+/// `attend`'s, and the machine has the set.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+unsafe fn attend_wide(task: &Task, work: &mut Work, out: &mut [f32]) {
+    attend::<Wide>(task, work, out);
+}
+
+/// Sixteen floats.
+#[derive(Clone, Copy)]
+struct Wide(__m512);
+
+// SAFETY (of every method): the trait's.
+impl Vector for Wide {
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Wide(_mm512_set1_ps(value))
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Wide(_mm512_loadu_ps(from))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        _mm512_storeu_ps(to, self.0);
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        Wide(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast())))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+        Wide(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        Wide(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Wide(_mm512_add_ps(self.0, other.0))
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Wide(_mm512_sub_ps(self.0, other.0))
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        Wide(_mm512_mul_ps(self.0, other.0))
+    }
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        Wide(_mm512_div_ps(self.0, other.0))
+    }
+    #[inline(always)]
+    unsafe fn fma(self, factor: Self, addend: Self) -> Self {
+        Wide(_mm512_fmadd_ps(self.0, factor.0, addend.0))
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Wide(_mm512_max_ps(self.0, other.0))
+    }
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        Wide(_mm512_min_ps(self.0, other.0))
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Wide(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0))
+    }
+    #[inline(always)]
+    unsafe fn exp2_integer(self) -> Self {
+        let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+        Wide(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased)))
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(self) -> f32 {
+        _mm512_reduce_max_ps(self.0)
+    }
 }
 
 /// Sixteen rows.

@@ -1,0 +1,472 @@
+//! Attention of a few query rows over a range of cached positions, with the running maximum and sum of online softmax
+//! (arXiv:1805.02867, arXiv:2205.14135).
+//!
+//! The order of every sum is fixed by positions alone. Positions come in blocks of `BLOCK_TOKENS` and ranges of `RANGE`,
+//! both counted from position 0.
+//! - A score is one chain of fma over the head's dimensions; lanes of a vector are positions.
+//! - A block raises the running maximum; where that grows, what was summed is multiplied by e^(old − new). Then its
+//!   weights e^(score − maximum), at least e^−44, are added: their sum in 16 lanes, position j to lane j mod 16, and each dimension of the
+//!   result by one chain of fma in order of position; lanes of a vector are dimensions.
+//! - A range starts anew and ends with the lanes added as `ops::dot` adds them. Ranges are merged in order (`merge`).
+//!
+//! So no lane meets another before a range ends, and any width of vector gives the same bits. Positions that a row does
+//! not see add nothing; whatever is in their place is not used.
+
+use super::exp::{exp_lanes, exp_weight};
+use crate::arch::vector::{Vector, MAX_LANES};
+use crate::descriptor::KvType;
+use crate::kv::{Slot, BLOCK_TOKENS};
+use std::ops::Range;
+
+/// Positions that are summed by themselves before they are merged with others.
+pub const RANGE: usize = 256;
+/// Floats that a row of results is padded to: whole vectors, several at a time.
+const PAD: usize = 32;
+/// Virtual lanes of the sum of weights.
+const LANES: usize = super::LANES;
+/// Rows from which on a block is converted to f32 once, instead of by every few rows.
+const CONVERTED: usize = 9;
+
+/// Query rows, and the part of the cache that they look at.
+pub(crate) struct Task<'a> {
+    pub kind: KvType,
+    pub dim: usize,
+    /// Rows of a token: the heads that share the KV head.
+    pub group: usize,
+    /// A row of `dim` for each token and head, scaled.
+    pub queries: &'a [f32],
+    /// The positions that each token sees; starts and ends do not fall from one to the next.
+    pub visible: &'a [Range<usize>],
+    /// The position where the range begins, and its blocks as far as any token sees.
+    pub start: usize,
+    pub slots: &'a [Slot],
+    /// The slot after those.
+    pub next: Option<Slot>,
+    /// c of `c · tanh(score / c)`.
+    pub soft_cap: Option<f32>,
+}
+
+/// Floats of a row of results.
+pub(crate) fn padded(dim: usize) -> usize {
+    dim.next_multiple_of(PAD)
+}
+
+/// Floats that `attend` writes: each row's maximum, each row's sum of weights, each row's weighted values.
+pub(crate) fn partial_len(rows: usize, dim: usize) -> usize {
+    rows * (2 + padded(dim))
+}
+
+/// Scratch of one thread.
+#[derive(Default)]
+pub(crate) struct Work {
+    lanes: Vec<f32>,
+    weights: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// What a cache holds: something that vectors of floats are made of.
+trait Element: Copy {
+    const ZERO: Self;
+    /// # Safety
+    ///
+    /// The vector's, for `V::LANES` elements.
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
+    /// The first `n` elements, the rest zeros.
+    ///
+    /// # Safety
+    ///
+    /// The vector's, for the lesser of `n` and `V::LANES` elements.
+    #[inline(always)]
+    unsafe fn load_some<V: Vector>(from: *const Self, n: usize) -> V {
+        if n >= V::LANES {
+            return Self::load(from);
+        }
+        let mut some = [Self::ZERO; MAX_LANES];
+        core::ptr::copy_nonoverlapping(from, some.as_mut_ptr(), n);
+        Self::load(some.as_ptr())
+    }
+}
+
+impl Element for f32 {
+    const ZERO: f32 = 0.0;
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const f32) -> V {
+        V::load(from)
+    }
+}
+
+/// A half float.
+impl Element for u16 {
+    const ZERO: u16 = 0;
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const u16) -> V {
+        V::load_f16(from)
+    }
+}
+
+impl Element for i8 {
+    const ZERO: i8 = 0;
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const i8) -> V {
+        V::load_i8(from)
+    }
+}
+
+/// Computes what the rows see of the range; `out` has `partial_len`. A row that sees nothing has a sum of 0.
+///
+/// # Safety
+///
+/// The slots are of the task's kind and dimension, with values stored at every position that a token sees.
+#[inline(always)]
+pub(crate) unsafe fn attend<V: Vector>(task: &Task, work: &mut Work, out: &mut [f32]) {
+    match task.kind {
+        KvType::F32 => range::<V, f32>(task, work, out),
+        KvType::F16 => range::<V, u16>(task, work, out),
+        KvType::Q8 => range::<V, i8>(task, work, out),
+    }
+}
+
+/// The rows' results so far.
+struct Rows<'a> {
+    max: &'a mut [f32],
+    /// `LANES` each.
+    lanes: &'a mut [f32],
+    /// `BLOCK_TOKENS` each: scores, then weights.
+    weights: &'a mut [f32],
+    /// `padded(dim)` each.
+    sums: &'a mut [f32],
+}
+
+#[inline(always)]
+unsafe fn range<V: Vector, E: Element>(task: &Task, work: &mut Work, out: &mut [f32]) {
+    let (dim, group, tokens) = (task.dim, task.group, task.visible.len());
+    let rows = tokens * group;
+    assert!(task.queries.len() == rows * dim && out.len() == partial_len(rows, dim) && V::LANES <= MAX_LANES);
+    let (max, rest) = out.split_at_mut(rows);
+    let (totals, sums) = rest.split_at_mut(rows);
+    max.fill(f32::NEG_INFINITY);
+    sums.fill(0.0);
+    work.lanes.clear();
+    work.lanes.resize(rows * LANES, 0.0);
+    work.weights.resize((rows * BLOCK_TOKENS).max(work.weights.len()), 0.0);
+    let mut rows = Rows { max, lanes: &mut work.lanes, weights: &mut work.weights, sums };
+    for (b, slot) in task.slots.iter().enumerate() {
+        let begin = task.start + b * BLOCK_TOKENS;
+        let within = |position: usize| position.saturating_sub(begin).min(BLOCK_TOKENS);
+        let bounds = |token: usize| within(task.visible[token].start)..within(task.visible[token].end);
+        // The tokens that see something of the block are neighbours.
+        let Some(first) = (0..tokens).find(|&t| !bounds(t).is_empty()) else { continue };
+        let count = (first..tokens).take_while(|&t| !bounds(t).is_empty()).count();
+        let seeing = first..first + count;
+        let (keys, values) = (slot.keys.cast::<E>(), slot.values.cast::<E>());
+        // The next slot is asked for in small portions between steps, as fast as it is going to be used.
+        let next = task.slots.get(b + 1).or(task.next.as_ref());
+        let lines = if next.is_some() { (2 * dim * BLOCK_TOKENS * size_of::<E>()).div_ceil(LINE) } else { 0 };
+        let steps = count * group + 2 * (count * group).div_ceil(4);
+        let mut ahead = Ahead { at: next.map_or(core::ptr::null(), |s| s.keys), lines, portion: lines.div_ceil(steps) };
+        if count * group < CONVERTED || size_of::<E>() == size_of::<f32>() {
+            block::<V, E>(task, slot, keys, values, seeing, bounds, &mut rows, &mut ahead);
+        } else {
+            let known = bounds(first + count - 1).end * dim;
+            work.keys.resize((dim * BLOCK_TOKENS).max(work.keys.len()), 0.0);
+            work.values.resize((dim * BLOCK_TOKENS).max(work.values.len()), 0.0);
+            convert::<V, E>(keys, dim * BLOCK_TOKENS, &mut work.keys);
+            convert::<V, E>(values, known, &mut work.values);
+            let (keys, values) = (work.keys.as_ptr(), work.values.as_ptr());
+            block::<V, f32>(task, slot, keys, values, seeing, bounds, &mut rows, &mut ahead);
+        }
+    }
+    for (total, lanes) in totals.iter_mut().zip(rows.lanes.chunks_exact(LANES)) {
+        let v: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+        *total = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    }
+}
+
+/// `n` elements as f32.
+#[inline(always)]
+unsafe fn convert<V: Vector, E: Element>(from: *const E, n: usize, to: &mut [f32]) {
+    for i in (0..n).step_by(V::LANES) {
+        let v = E::load_some::<V>(from.add(i), n - i);
+        if n - i >= V::LANES {
+            v.store(to.as_mut_ptr().add(i));
+        } else {
+            let mut some = [0f32; MAX_LANES];
+            v.store(some.as_mut_ptr());
+            to[i..n].copy_from_slice(&some[..n - i]);
+        }
+    }
+}
+
+/// Bytes of a cache line, near enough.
+const LINE: usize = 64;
+
+/// Memory that will be read next.
+struct Ahead {
+    at: *const u8,
+    lines: usize,
+    /// Lines to ask for at a time.
+    portion: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    unsafe fn step<V: Vector>(&mut self) {
+        for _ in 0..self.portion.min(self.lines) {
+            V::prefetch(self.at);
+            self.at = self.at.wrapping_add(LINE);
+            self.lines -= 1;
+        }
+    }
+}
+
+/// Adds a block for the tokens of `seeing`, `bounds` of whose positions they see.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn block<V: Vector, E: Element>(
+    task: &Task,
+    slot: &Slot,
+    keys: *const E,
+    values: *const E,
+    seeing: Range<usize>,
+    bounds: impl Fn(usize) -> Range<usize>,
+    rows: &mut Rows,
+    ahead: &mut Ahead,
+) {
+    let (dim, group) = (task.dim, task.group);
+    let last = seeing.end * group;
+    for row in (seeing.start * group..last).step_by(4) {
+        ahead.step::<V>();
+        let queries = task.queries.as_ptr().add(row * dim);
+        let weights = rows.weights.as_mut_ptr().add(row * BLOCK_TOKENS);
+        match last - row {
+            1 => scores::<V, E, 1>(queries, keys, dim, weights),
+            2 => scores::<V, E, 2>(queries, keys, dim, weights),
+            3 => scores::<V, E, 3>(queries, keys, dim, weights),
+            _ => scores::<V, E, 4>(queries, keys, dim, weights),
+        }
+    }
+    for token in seeing.clone() {
+        for row in token * group..(token + 1) * group {
+            ahead.step::<V>();
+            soften::<V>(task, slot, bounds(token), row, rows);
+        }
+    }
+    let mut row = seeing.start * group;
+    while row < last {
+        ahead.step::<V>();
+        // Up to four rows that see the same.
+        let seen = bounds(row / group);
+        let same = (row..last).take(4).take_while(|row| bounds(row / group) == seen).count();
+        let weights = rows.weights.as_ptr().add(row * BLOCK_TOKENS);
+        let sums = rows.sums.as_mut_ptr().add(row * padded(dim));
+        match same {
+            1 => weigh::<V, E, 1>(weights, values, dim, seen, sums),
+            2 => weigh::<V, E, 2>(weights, values, dim, seen, sums),
+            3 => weigh::<V, E, 3>(weights, values, dim, seen, sums),
+            _ => weigh::<V, E, 4>(weights, values, dim, seen, sums),
+        }
+        row += same;
+    }
+}
+
+/// Scores of N rows with the block's keys; `P` vectors of positions at a time, so that eight chains hide the latency of fma
+/// and registers last.
+#[inline(always)]
+unsafe fn scores<V: Vector, E: Element, const N: usize>(q: *const f32, keys: *const E, dim: usize, out: *mut f32) {
+    #[inline(always)]
+    unsafe fn some<V: Vector, E: Element, const N: usize, const P: usize>(
+        q: *const f32,
+        keys: *const E,
+        dim: usize,
+        out: *mut f32,
+    ) {
+        for first in (0..BLOCK_TOKENS).step_by(P * V::LANES) {
+            let mut acc = [[V::zero(); P]; N];
+            for d in 0..dim {
+                let mut k = [V::zero(); P];
+                for (p, k) in k.iter_mut().enumerate() {
+                    *k = E::load(keys.add(d * BLOCK_TOKENS + first + p * V::LANES));
+                }
+                for (n, acc) in acc.iter_mut().enumerate() {
+                    let q = V::splat(*q.add(n * dim + d));
+                    for (acc, k) in acc.iter_mut().zip(k) {
+                        *acc = k.fma(q, *acc);
+                    }
+                }
+            }
+            for (n, acc) in acc.iter().enumerate() {
+                for (p, acc) in acc.iter().enumerate() {
+                    acc.store(out.add(n * BLOCK_TOKENS + first + p * V::LANES));
+                }
+            }
+        }
+    }
+    if N <= 2 && V::LANES == 8 {
+        some::<V, E, N, 4>(q, keys, dim, out);
+    } else {
+        some::<V, E, N, 2>(q, keys, dim, out);
+    }
+}
+
+/// A row's scores to weights, at most 1 each, with what was summed before brought to the same maximum.
+#[inline(always)]
+unsafe fn soften<V: Vector>(task: &Task, slot: &Slot, seen: Range<usize>, row: usize, rows: &mut Rows) {
+    let weights = &mut rows.weights[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
+    let lanes = &mut rows.lanes[row * LANES..][..LANES];
+    let at = |v: usize| v * V::LANES;
+    let vectors = BLOCK_TOKENS / V::LANES;
+    let scaled = task.kind == KvType::Q8;
+    if scaled || task.soft_cap.is_some() {
+        for v in 0..vectors {
+            let mut score = V::load(weights.as_ptr().add(at(v)));
+            if scaled {
+                score = score.mul(V::load(slot.key_scales.add(at(v))));
+            }
+            if let Some(cap) = task.soft_cap {
+                // tanh(x) = 1 − 2 / (e^2x + 1)
+                let (cap, one) = (V::splat(cap), V::splat(1.0));
+                let e = exp_lanes(score.div(cap).mul(V::splat(2.0)));
+                score = cap.mul(one.sub(V::splat(2.0).div(e.add(one))));
+            }
+            score.store(weights.as_mut_ptr().add(at(v)));
+        }
+    }
+    if seen.len() < BLOCK_TOKENS {
+        weights[..seen.start].fill(f32::NEG_INFINITY);
+        weights[seen.end..].fill(f32::NEG_INFINITY);
+    }
+    let mut largest = V::splat(f32::NEG_INFINITY);
+    for v in 0..vectors {
+        // A score that is NaN is not greater, so the lane keeps what it had; it shows in the weights.
+        largest = V::load(weights.as_ptr().add(at(v))).max(largest);
+    }
+    let (before, largest) = (rows.max[row], largest.reduce_max());
+    let max = if largest > before { largest } else { before };
+    if max > before {
+        let factor = exp_weight(V::splat(before - max));
+        let sums = &mut rows.sums[row * padded(task.dim)..][..padded(task.dim)];
+        for place in lanes.chunks_exact_mut(V::LANES).chain(sums.chunks_exact_mut(V::LANES)) {
+            V::load(place.as_ptr()).mul(factor).store(place.as_mut_ptr());
+        }
+        rows.max[row] = max;
+    }
+    for v in 0..vectors {
+        let place = weights.as_mut_ptr().add(at(v));
+        exp_weight(V::load(place).sub(V::splat(max))).store(place);
+    }
+    if seen.len() < BLOCK_TOKENS {
+        weights[..seen.start].fill(0.0);
+        weights[seen.end..].fill(0.0);
+    }
+    for v in 0..vectors {
+        let place = weights.as_mut_ptr().add(at(v));
+        let weight = V::load(place);
+        let lane = lanes.as_mut_ptr().add(at(v) % LANES);
+        V::load(lane).add(weight).store(lane);
+        if scaled {
+            weight.mul(V::load(slot.value_scales.add(at(v)))).store(place);
+        }
+    }
+}
+
+/// Adds the weighted values of the seen positions to N rows' sums.
+#[inline(always)]
+unsafe fn weigh<V: Vector, E: Element, const N: usize>(
+    weights: *const f32,
+    values: *const E,
+    dim: usize,
+    seen: Range<usize>,
+    sums: *mut f32,
+) {
+    /// `P` vectors of dimensions, of which `left` are the head's; WHOLE: all of them.
+    #[inline(always)]
+    unsafe fn some<V: Vector, E: Element, const N: usize, const P: usize, const WHOLE: bool>(
+        weights: *const f32,
+        values: *const E,
+        dim: usize,
+        left: usize,
+        seen: Range<usize>,
+        sums: *mut f32,
+    ) {
+        let mut acc = [[V::zero(); P]; N];
+        for (n, acc) in acc.iter_mut().enumerate() {
+            for (p, acc) in acc.iter_mut().enumerate() {
+                *acc = V::load(sums.add(n * padded(dim) + p * V::LANES));
+            }
+        }
+        for j in seen {
+            let mut v = [V::zero(); P];
+            for (p, v) in v.iter_mut().enumerate() {
+                let from = values.wrapping_add(j * dim + p * V::LANES);
+                *v = if WHOLE { E::load(from) } else { E::load_some(from, left.saturating_sub(p * V::LANES)) };
+            }
+            for (n, acc) in acc.iter_mut().enumerate() {
+                let weight = V::splat(*weights.add(n * BLOCK_TOKENS + j));
+                for (acc, v) in acc.iter_mut().zip(v) {
+                    *acc = v.fma(weight, *acc);
+                }
+            }
+        }
+        for (n, acc) in acc.iter().enumerate() {
+            for (p, acc) in acc.iter().enumerate() {
+                acc.store(sums.add(n * padded(dim) + p * V::LANES));
+            }
+        }
+    }
+    let wide = N <= 2 && V::LANES == 8;
+    let step = if wide { 4 * V::LANES } else { 2 * V::LANES };
+    for d in (0..dim).step_by(step) {
+        let (values, sums, left) = (values.add(d), sums.add(d), dim - d);
+        match (wide, left >= step) {
+            (true, true) => some::<V, E, N, 4, true>(weights, values, dim, left, seen.clone(), sums),
+            (true, false) => some::<V, E, N, 4, false>(weights, values, dim, left, seen.clone(), sums),
+            (false, true) => some::<V, E, N, 2, true>(weights, values, dim, left, seen.clone(), sums),
+            (false, false) => some::<V, E, N, 2, false>(weights, values, dim, left, seen.clone(), sums),
+        }
+    }
+}
+
+/// Adds what `attend` gave for a later range to what it gave for those before; both of `rows` rows.
+///
+/// With m the larger maximum, a = e^(max − m) and b = e^(part's max − m): sum · a, then fma(part's sum, b, ·), and values alike.
+#[inline(always)]
+pub(crate) unsafe fn merge<V: Vector>(rows: usize, total: &mut [f32], part: &[f32]) {
+    assert!(total.len() == part.len() && rows > 0 && total.len() % rows == 0);
+    let width = total.len() / rows - 2;
+    assert!(width % V::LANES == 0);
+    for row in 0..rows {
+        let (sum, values) = (rows + row, 2 * rows + row * width);
+        if part[sum] == 0.0 {
+            continue; // saw nothing
+        }
+        if total[sum] == 0.0 {
+            total[row] = part[row];
+            total[sum] = part[sum];
+            total[values..][..width].copy_from_slice(&part[values..][..width]);
+            continue;
+        }
+        let max = if part[row] > total[row] { part[row] } else { total[row] };
+        let factor = |before: f32| exp_weight(V::splat(before - max));
+        let (a, b) = (factor(total[row]), factor(part[row]));
+        let mut sums = [0f32; MAX_LANES];
+        V::splat(part[sum]).fma(b, V::splat(total[sum]).mul(a)).store(sums.as_mut_ptr());
+        (total[row], total[sum]) = (max, sums[0]);
+        for i in (values..values + width).step_by(V::LANES) {
+            let place = total.as_mut_ptr().add(i);
+            V::load(part.as_ptr().add(i)).fma(b, V::load(place).mul(a)).store(place);
+        }
+    }
+}
+
+/// A row of a cached head as int8 codes; returns their scale. `quantize` has the rule for scales and rounding.
+#[inline(always)]
+pub(crate) unsafe fn to_q8<V: Vector>(x: &[f32], codes: &mut [i8]) -> f32 {
+    // One element after the other: exact, so the compiler's vectors cannot change bits. `V` only says for which instruction set.
+    let largest = x.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+    let (scale, factor) = crate::quantize::group_scale(largest);
+    for (code, v) in codes.iter_mut().zip(x) {
+        *code = if factor == 0.0 { 0 } else { (v * factor).round_ties_even().clamp(-127.0, 127.0) as i8 };
+    }
+    scale
+}
