@@ -109,7 +109,7 @@ export const shardSchema = z.strictObject({
   /** The model file, as the worker's device names it. */
   path: z.string().min(1).max(4096),
   /** KV cache: `tokens` over all sequences, rounded up to blocks. */
-  kv: z.strictObject({ type: z.enum(["f16", "f32"]), tokens: count }),
+  kv: z.strictObject({ type: z.enum(["f16", "f32", "q8"]), tokens: count }),
   /** Most tokens of a micro-batch. */
   maxBatch: count,
   hyper: hyperSchema,

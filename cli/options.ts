@@ -30,7 +30,7 @@ export interface ClusterFlags {
   shards?: number;
   threads?: number;
   context?: number;
-  kv?: "f16" | "f32";
+  kvType?: "f16" | "f32" | "q8";
   isa?: string;
   /** False: `--no-cache`. */
   cache?: boolean;
@@ -42,7 +42,9 @@ export function withClusterOptions(command: Command): Command {
     .option("--shards <n>", "split the layers over n workers", integer(1))
     .option("--threads <n>", "threads of each worker (default: the cores, divided by the shards)", integer(1))
     .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
-    .addOption(new Option("--kv <type>", "element type of the KV cache").choices(["f16", "f32"]).default("f16"))
+    .addOption(
+      new Option("--kv-type <type>", "element type of the KV cache").choices(["f16", "f32", "q8"]).default("f16"),
+    )
     .option("--isa <name>", "instruction set of the kernels (default: the best)")
     .option("--no-cache", "do not keep packed weights on disk for the next start");
 }
@@ -65,13 +67,13 @@ function cacheChoice(): { maxBytes: number } {
 
 /** The cluster's options that the flags stand for. */
 export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
-  const { shards, threads, context, kv, isa, cache } = flags;
+  const { shards, threads, context, kvType, isa, cache } = flags;
   return {
     cache: cache === false ? null : cacheChoice(),
     ...(shards === undefined ? {} : { shards }),
     ...(threads === undefined ? {} : { threads }),
     ...(context === undefined ? {} : { context }),
-    ...(kv === undefined ? {} : { kvType: kv }),
+    ...(kvType === undefined ? {} : { kvType }),
     ...(isa === undefined ? {} : { isa }),
   };
 }

@@ -1,5 +1,5 @@
 import { EventQueue } from "./event_queue.ts";
-import type { Bus, EntryResult, SampleParameters, StageStatus } from "../bus/mod.ts";
+import type { Bus, EntryResult, SampleParameters, Shard, StageStatus } from "../bus/mod.ts";
 import { ENTRY_BYTES, HEADER_BYTES, SAMPLE_BYTES } from "../bus/mod.ts";
 import { StopMatcher } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
@@ -27,7 +27,7 @@ export interface EngineOptions {
   /** Most tokens of a request, prompt and answer. Default: the model's context, but at most 8192. */
   context?: number;
   /** Element type of the KV cache. @default {"f16"} */
-  kvType?: "f16" | "f32";
+  kvType?: Shard["kv"]["type"];
   /** Tokens that the KV cache holds, over all requests. Default: 8192, or the context when that is longer. */
   kvTokens?: number;
   /** Most tokens of a micro-batch. @default {256} */

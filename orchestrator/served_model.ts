@@ -15,10 +15,22 @@ export interface ShardSettings {
 /** Packed weights take at most so much more than the file's. */
 const PACKED_RATIO = 1.02;
 
+/** Bytes that a key or value of `dim` numbers takes in the cache. */
+function cachedBytes(type: Shard["kv"]["type"], dim: number): number {
+  switch (type) {
+    case "f16":
+      return 2 * dim;
+    case "f32":
+      return 4 * dim;
+    case "q8":
+      return dim + 4; // and a scale
+  }
+}
+
 /** What the model costs to hold and to read, for placement. */
 export function modelCost(description: ModelDescription, kv: Shard["kv"]): ModelCost {
   const { hyper } = description;
-  const kvBytes = 2 * kv.tokens * hyper.kvHeads * hyper.headDim * (kv.type === "f16" ? 2 : 4);
+  const kvBytes = 2 * kv.tokens * hyper.kvHeads * cachedBytes(kv.type, hyper.headDim);
   const weights = (tensors: Iterable<TensorRef>) => {
     let bytes = 0;
     for (const tensor of tensors) bytes += tensor.bytes * PACKED_RATIO;

@@ -21,6 +21,7 @@ Deno.test("modelCost: counts packed weights, KV cache, embedding and head", () =
   near(cost.layers[0]!.readBytes, 900 * 1.02);
   near(cost.layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * 8 * 2);
   near(modelCost(description, { type: "f32", tokens: 64 }).layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * 8 * 4);
+  near(modelCost(description, { type: "q8", tokens: 64 }).layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * (8 + 4));
   near(cost.embeddingBytes, 1000 * 1.02);
   near(cost.head.memoryBytes, 2040 * 1.02);
 });

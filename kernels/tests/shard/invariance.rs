@@ -32,7 +32,10 @@ fn logits_do_not_depend_on_how_they_are_computed() {
     for (name, model) in models() {
         let tokens = Random(7).tokens(70, model.size("vocab"));
         let layers = model.size("layers");
-        for kv in ["f32", "f16"] {
+        for kv in ["f32", "f16", "q8"] {
+            if kv == "q8" && !matches!(&name[..], "llama-tiny-f32" | "stories260K-Q4_0") {
+                continue; // what the cache holds does not depend on the weights' type
+            }
             let plain = Run { isa: Some("portable"), kv, ..RUN };
             let expected = model.shards(1, plain).logits(1, &tokens, tokens.len());
             assert!(expected.iter().all(|l| l.is_finite()), "{name}");
@@ -134,7 +137,7 @@ fn what_is_asked_does_not_show() {
 
 #[test]
 fn going_back_and_again_gives_the_same() {
-    for kv in ["f16", "f32"] {
+    for kv in ["f16", "f32", "q8"] {
         let model = Model::fixture("llama-tiny-f32.gguf");
         let (vocab, run) = (model.size("vocab"), Run { kv, ..RUN });
         let mut random = Random(17);

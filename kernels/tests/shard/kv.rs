@@ -71,7 +71,7 @@ fn errors_change_no_sequence() {
     let vocab = model.size("vocab");
     let mut random = Random(23);
     let (tokens, others) = (random.tokens(64, vocab), random.tokens(100, vocab));
-    for kv in ["f16", "f32"] {
+    for kv in ["f16", "f32", "q8"] {
         let run = Run { kv, kv_tokens: 128, ..RUN };
         let expected = model.shards(1, run).logits(1, &tokens, 64);
         let shards = model.shards(1, run);
@@ -139,7 +139,7 @@ fn late_errors_restore_what_was_overwritten() {
     let good = bytes((0..70 * d).map(|_| (random.word() >> 40) as f32 / (1 << 24) as f32 - 0.5).collect());
     let split = 69 * d * 4;
     let tokens = vec![1; 70];
-    for kv in ["f16", "f32"] {
+    for kv in ["f16", "f32", "q8"] {
         let run = Run { kv, kv_tokens: 128, ..RUN };
         let open = || crate::model::open(&model.descriptor(layers - 2, layers, run)).unwrap();
         let mut out = vec![0; vocab * 4];

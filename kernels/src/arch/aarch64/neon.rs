@@ -105,6 +105,11 @@ impl Vector for Lanes {
         Lanes(wide(from), wide(from.add(4)))
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        let wide = vmovl_s8(vld1_s8(from));
+        Lanes(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide)))
+    }
+    #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Lanes(vaddq_f32(self.0, other.0), vaddq_f32(self.1, other.1))
     }
