@@ -15,4 +15,5 @@ export * from "./load.ts";
 export * from "./stop_matcher.ts";
 export * from "./stream_decoder.ts";
 export * from "./tokenizer.ts";
+export * from "./tool_calls.ts";
 export * from "./vocabulary.ts";

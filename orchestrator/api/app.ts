@@ -5,7 +5,9 @@ import { bodyLimit } from "hono/body-limit";
 import { cors } from "hono/cors";
 import type { z } from "zod";
 import type { Engine } from "../engine.ts";
-import type { Usage } from "../request.ts";
+import { toolCallMark, ToolCallParser } from "../../model/mod.ts";
+import type { ChatMessage, ChatTool, ToolCall } from "../../model/mod.ts";
+import type { GenerateEvent, Usage } from "../request.ts";
 import { ApiError, toApiError } from "./errors.ts";
 import { finish, logprobsOf, startGeneration } from "./generation.ts";
 import type { FinishedChoice, Generation, TokenLogprobs } from "./generation.ts";
@@ -152,23 +154,42 @@ export function createApp(options: AppOptions): Hono {
     };
   }
 
-  async function whole(generation: Generation, ignoreEos: boolean): Promise<FinishedChoice[]> {
+  async function whole(
+    generation: Generation,
+    ignoreEos: boolean,
+    textOf?: (event: TokenEvent) => string,
+  ): Promise<FinishedChoice[]> {
     try {
-      return await Promise.all(generation.choices.map((choice) => finish(engine, choice, ignoreEos)));
+      return await Promise.all(generation.choices.map((choice) => finish(engine, choice, ignoreEos, textOf)));
     } catch (error) {
       generation.abort();
       throw error;
     }
   }
 
+  /** An event's text with the special tokens that structure calls of tools. */
+  const markedText = (event: TokenEvent) => event.text + toolCallMark(engine.model.tokenizer, event.id);
+
   async function wholeChat(c: Context, body: ChatBody, generation: Generation): Promise<Response> {
-    const done = await whole(generation, body.ignore_eos === true);
-    const choices = done.map(({ index, text, tokens, reason }) => ({
-      index,
-      message: { role: "assistant", content: text, refusal: null },
-      logprobs: body.logprobs === true ? { content: tokens.map(chatLogprob), refusal: null } : null,
-      finish_reason: reason,
-    }));
+    const tools = toolsOf(body);
+    const done = await whole(generation, body.ignore_eos === true, tools.length > 0 ? markedText : undefined);
+    const choices = done.map(({ index, text, tokens, reason }) => {
+      const parser = new ToolCallParser(tools.map((tool) => tool.function.name));
+      const parts = tools.length > 0 ? [parser.push(text), parser.flush()] : [{ text, calls: [] }];
+      const calls = parts.flatMap((part) => part.calls).map((call) => apiCall(call));
+      const content = parts.map((part) => part.text).join("");
+      return {
+        index,
+        message: {
+          role: "assistant",
+          content: content === "" && calls.length > 0 ? null : content,
+          refusal: null,
+          ...(calls.length > 0 ? { tool_calls: calls } : {}),
+        },
+        logprobs: body.logprobs === true ? { content: tokens.map(chatLogprob), refusal: null } : null,
+        finish_reason: calls.length > 0 && reason === "stop" ? "tool_calls" : reason,
+      };
+    });
     return c.json({ ...envelope(CHAT, false), choices, usage: usageOf(done.map((d) => d.usage), body) });
   }
 
@@ -183,15 +204,19 @@ export function createApp(options: AppOptions): Hono {
     return c.json({ ...envelope(COMPLETION, false), choices, usage: usageOf(done.map((d) => d.usage), body) });
   }
 
-  /** Streams all choices as they come. `begin`, `piece` and `end` make a choice's chunks. */
+  /**
+   * Streams all choices as they come. `begin`, `piece` and `end` make a choice's chunks; what a piece does not tell yet it is
+   * given no more, but its tokens are given again.
+   */
   function stream(
     body: CommonBody,
     generation: Generation,
     base: ReturnType<typeof envelope>,
     parts: {
       begin(index: number): object | undefined;
-      piece(index: number, text: string, tokens: readonly TokenLogprobs[]): object;
+      piece(index: number, text: string, tokens: readonly TokenLogprobs[], last: boolean): object | undefined;
       end(index: number, reason: string): object;
+      textOf?(event: TokenEvent): string;
     },
   ): Response {
     const includeUsage = body.stream_options?.include_usage === true;
@@ -204,16 +229,19 @@ export function createApp(options: AppOptions): Hono {
         const usages = await Promise.all(generation.choices.map(async ({ index, events }) => {
           chunk(parts.begin(index));
           let held: TokenLogprobs[] = [];
+          const tell = (text: string, last: boolean) => {
+            const piece = parts.piece(index, text, held, last);
+            if (piece !== undefined) held = [];
+            chunk(piece);
+          };
           for await (const event of events) {
             if (event.type === "done") {
-              if (held.length > 0) chunk(parts.piece(index, "", held));
+              tell("", true);
               chunk(parts.end(index, event.reason));
               return event.usage;
             }
             held.push(...logprobsOf(engine, event, body.ignore_eos === true));
-            if (event.text === "") continue; // a character or a stop string is incomplete
-            chunk(parts.piece(index, event.text, held));
-            held = [];
+            tell(parts.textOf?.(event) ?? event.text, false);
           }
           throw new Error("a generation ended without saying so");
         }));
@@ -237,10 +265,33 @@ export function createApp(options: AppOptions): Hono {
         : null,
       finish_reason: reason,
     });
-    return stream(body, generation, envelope(CHAT, true), {
+    const base = envelope(CHAT, true);
+    const tools = toolsOf(body);
+    if (tools.length === 0) {
+      return stream(body, generation, base, {
+        begin: (index) => choice(index, { role: "assistant", content: "" }, [], null),
+        piece: (index, text, tokens, last) =>
+          worthTelling(text, tokens, last) ? choice(index, { content: text }, tokens, null) : undefined,
+        end: (index, reason) => choice(index, {}, [], reason),
+      });
+    }
+    const parsers = generation.choices.map(() => new ToolCallParser(tools.map((tool) => tool.function.name)));
+    const calls = generation.choices.map(() => 0);
+    return stream(body, generation, base, {
+      textOf: markedText,
       begin: (index) => choice(index, { role: "assistant", content: "" }, [], null),
-      piece: (index, text, tokens) => choice(index, { content: text }, tokens, null),
-      end: (index, reason) => choice(index, {}, [], reason),
+      piece: (index, text, tokens, last) => {
+        const parts = [parsers[index]!.push(text), ...(last ? [parsers[index]!.flush()] : [])];
+        const content = parts.map((part) => part.text).join("");
+        const made = parts.flatMap((part) => part.calls).map((call) => ({ index: calls[index]!++, ...apiCall(call) }));
+        if (made.length === 0 && !worthTelling(content, tokens, last)) return undefined;
+        const delta = {
+          ...(content === "" && made.length > 0 ? {} : { content }),
+          ...(made.length > 0 ? { tool_calls: made } : {}),
+        };
+        return choice(index, delta, tokens, null);
+      },
+      end: (index, reason) => choice(index, {}, [], calls[index]! > 0 && reason === "stop" ? "tool_calls" : reason),
     });
   }
 
@@ -257,7 +308,8 @@ export function createApp(options: AppOptions): Hono {
         const echo = echoes[Math.floor(index / (body.n ?? 1))]!;
         return echo === "" ? undefined : choice(index, echo, [], null);
       },
-      piece: (index, text, tokens) => choice(index, text, tokens, null),
+      piece: (index, text, tokens, last) =>
+        worthTelling(text, tokens, last) ? choice(index, text, tokens, null) : undefined,
       end: (index, reason) => choice(index, "", [], reason),
     });
   }
@@ -289,15 +341,64 @@ export function createApp(options: AppOptions): Hono {
   return app;
 }
 
+type TokenEvent = GenerateEvent & { type: "token" };
+
+/** Without text a chunk waits for more: a character or a stop string is incomplete. */
+function worthTelling(text: string, tokens: readonly TokenLogprobs[], last: boolean): boolean {
+  return text !== "" || (last && tokens.length > 0);
+}
+
+/** The tools that the model is offered. */
+function toolsOf({ tools, tool_choice }: ChatBody): ChatTool[] {
+  if (tools === undefined || tool_choice === "none") return [];
+  return tools.map(({ type, function: { name, description, parameters } }) => ({
+    type,
+    function: {
+      name,
+      ...(description === undefined ? {} : { description }),
+      ...(parameters === undefined ? {} : { parameters }),
+    },
+  }));
+}
+
+/** A call with an id of nine letters and digits, the only form that Mistral's templates take back. */
+function apiCall({ name, arguments: text }: ToolCall) {
+  const id = [...crypto.getRandomValues(new Uint8Array(9))].map((byte) => (byte % 36).toString(36)).join("");
+  return { id, type: "function", function: { name, arguments: text } };
+}
+
 /** The conversation as tokens, through the model's template. */
 function chatPrompt(engine: Engine, body: ChatBody): number[] {
   const { chatTemplate, tokenizer } = engine.model;
-  // OpenAI's newer name for system.
-  const messages = body.messages.map(({ role, content }) => ({
-    role: role === "developer" ? "system" : role,
-    content,
-  }));
-  const tokens = tokenizer.encode(chatTemplate.render(messages), { parseSpecial: true });
+  const tools = toolsOf(body);
+  const called = body.messages.some((m) => m.role === "tool" || (m.role === "assistant" && m.tool_calls !== undefined));
+  if ((tools.length > 0 || called) && !chatTemplate.takesTools) {
+    throw new ApiError(400, "tools are not supported: the model's chat template has no place for them", {
+      param: "tools",
+      code: "unsupported_parameter",
+    });
+  }
+  const names = new Map<string, string>();
+  const messages = body.messages.map((message): ChatMessage => {
+    if (message.role === "assistant") {
+      const calls = message.tool_calls?.map(({ id, ...call }) => {
+        if (id !== undefined) names.set(id, call.function.name);
+        return { ...(id === undefined ? {} : { id }), ...call };
+      });
+      return {
+        role: "assistant",
+        content: message.content ?? "",
+        ...(calls === undefined || calls.length === 0 ? {} : { tool_calls: calls }),
+      };
+    }
+    if (message.role === "tool") {
+      const name = names.get(message.tool_call_id);
+      return { ...message, ...(name === undefined ? {} : { name }) };
+    }
+    // OpenAI's newer name for system.
+    return { role: message.role === "developer" ? "system" : message.role, content: message.content };
+  });
+  const tokens = tokenizer.encode(chatTemplate.render(messages, { tools }), { parseSpecial: true });
   // Templates often write BOS themselves.
   const { bosId } = tokenizer;
   return bosId !== undefined && tokens[0] === bosId && tokens[1] === bosId ? tokens.slice(1) : tokens;

@@ -38,7 +38,7 @@ Deno.test("validation: a wrong field is refused with 400 and its name", () =>
         ["chat/completions", { messages: [{ role: "robot", content: "x" }] }, "messages.0.role"],
         ["chat/completions", { messages: user, temperature: -1 }, "temperature"],
         ["chat/completions", { messages: user, top_logprobs: 21, logprobs: true }, "top_logprobs"],
-        ["chat/completions", { messages: user, tools: [{ type: "function" }] }, "tools"],
+        ["chat/completions", { messages: user, tools: [{ type: "function", function: { name: "f" } }] }, "tools"],
         ["chat/completions", { messages: user, response_format: { type: "json_object" } }, "response_format"],
         ["chat/completions", { messages: user, n: 0 }, "n"],
         ["chat/completions", { messages: user, max_tokens: 1.5 }, "max_tokens"],

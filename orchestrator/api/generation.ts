@@ -95,13 +95,18 @@ export function logprobsOf(
   return [{ id: event.id, logprob: event.logprob, top: event.top ?? [] }];
 }
 
-/** Waits for a choice's end. */
-export async function finish(engine: Engine, choice: Choice, ignoreEos: boolean): Promise<FinishedChoice> {
+/** Waits for a choice's end. `textOf` gives an event's text. Default: what readers are shown. */
+export async function finish(
+  engine: Engine,
+  choice: Choice,
+  ignoreEos: boolean,
+  textOf: (event: GenerateEvent & { type: "token" }) => string = (event) => event.text,
+): Promise<FinishedChoice> {
   let text = "";
   const tokens: TokenLogprobs[] = [];
   for await (const event of choice.events) {
     if (event.type === "done") return { index: choice.index, text, tokens, reason: event.reason, usage: event.usage };
-    text += event.text;
+    text += textOf(event);
     tokens.push(...logprobsOf(engine, event, ignoreEos));
   }
   throw new Error("a generation ended without saying so");

@@ -28,13 +28,50 @@ const common = {
 
 const textPart = z.object({ type: z.literal("text", "only parts of type text are supported"), text: z.string() });
 
+const content = z.union([
+  z.string(),
+  z.array(textPart).transform((parts) => parts.map((part) => part.text).join("")),
+]);
+const toolCall = z.object({
+  id: nullish(z.string()),
+  type: z.literal("function", "only calls of type function are supported"),
+  function: z.object({ name: z.string().min(1), arguments: z.string() }).transform((call, context) => {
+    try {
+      return { name: call.name, arguments: JSON.parse(call.arguments) as unknown };
+    } catch {
+      context.addIssue({ code: "custom", path: ["arguments"], message: "the arguments are no JSON" });
+      return z.NEVER;
+    }
+  }),
+});
+const message = z.discriminatedUnion("role", [
+  z.object({ role: z.enum(["system", "developer", "user"]), content }),
+  z.object({
+    role: z.literal("assistant"),
+    content: nullish(content),
+    tool_calls: nullish(z.array(toolCall).max(128)),
+  }).refine((m) => m.content !== undefined || (m.tool_calls ?? []).length > 0, {
+    path: ["content"],
+    message: "there is neither content nor a tool call",
+  }),
+  z.object({ role: z.literal("tool"), content, tool_call_id: z.string() }),
+]);
+const tool = z.object({
+  type: z.literal("function", "only tools of type function are supported"),
+  function: z.object({
+    name: z.string().regex(/^[\w.-]{1,64}$/, "a name has up to 64 letters, digits, _, . and -"),
+    description: nullish(z.string()),
+    parameters: nullish(z.record(z.string(), z.unknown())),
+  }),
+});
+
 /** The body of `POST /v1/chat/completions`; fields that are not known are ignored. */
 export const chatSchema = z.object({
   ...common,
-  messages: z.array(z.object({
-    role: z.enum(["system", "developer", "user", "assistant", "tool"]),
-    content: z.union([z.string(), z.array(textPart).transform((parts) => parts.map((part) => part.text).join(""))]),
-  })).min(1),
+  messages: z.array(message).min(1),
+  tools: nullish(z.array(tool).max(128)),
+  tool_choice: nullish(z.enum(["none", "auto"], "only the tool choices none and auto are supported")),
+  parallel_tool_calls: nullish(z.literal(true, "parallel_tool_calls cannot be turned off")),
   max_completion_tokens: nullish(z.number().int().min(1)),
   logprobs: nullish(z.boolean()),
   top_logprobs: nullish(z.number().int().min(0).max(20)),
@@ -69,7 +106,7 @@ export function refuseUnsupported(body: Record<string, unknown>): void {
   const refuse = (param: string, what = param) => {
     throw new ApiError(400, `${what} is not supported`, { param, code: "unsupported_parameter" });
   };
-  for (const param of ["tools", "functions", "audio", "prediction", "suffix", "web_search_options"]) {
+  for (const param of ["functions", "function_call", "audio", "prediction", "suffix", "web_search_options"]) {
     if (!empty(body[param])) refuse(param);
   }
   const format = body["response_format"];
