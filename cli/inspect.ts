@@ -1,4 +1,5 @@
 import type { Command } from "commander";
+import { modelPath } from "./hub/reference.ts";
 import { describeModel, ggmlTypeName, readGguf } from "../model/mod.ts";
 import type { GgufFile, GgufValue, ModelDescription } from "../model/mod.ts";
 
@@ -6,11 +7,11 @@ import type { GgufFile, GgufValue, ModelDescription } from "../model/mod.ts";
 export function addInspect(program: Command): void {
   program.command("inspect")
     .description("say what a GGUF file holds, whether Lutra can run it or not")
-    .argument("<model>", "a GGUF file")
+    .argument("<model>", "a GGUF file, or hf:org/repo[:file] that was pulled")
     .option("--tensors", "list every tensor")
     .option("--json", "print JSON")
     .action((path: string, flags: { tensors?: boolean; json?: boolean }) => {
-      const gguf = readGguf(path);
+      const gguf = readGguf(modelPath(path));
       let description: ModelDescription | undefined;
       let reason: string | undefined;
       try {

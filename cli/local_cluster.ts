@@ -1,4 +1,5 @@
 import { InProcessBus } from "../bus/mod.ts";
+import { modelPath } from "./hub/reference.ts";
 import { loadModel } from "../model/mod.ts";
 import { Engine } from "../orchestrator/mod.ts";
 import type { EngineOptions } from "../orchestrator/mod.ts";
@@ -29,7 +30,7 @@ export interface LocalCluster extends AsyncDisposable {
  */
 export async function startLocalCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
   const { threads: wanted, isa, cache = null, shards = 1, ...rest } = options;
-  const model = await loadModel(path); // before anything is started: a wrong path is the likeliest error
+  const model = await loadModel(modelPath(path)); // before anything is started: a wrong path is the likeliest error
   for (const warning of model.warnings) console.error(`warning: ${warning}`);
   const kernels = loadKernels();
   const threads = wanted ?? Math.max(1, Math.floor(kernels.deviceInfo().cores / shards));

@@ -12,7 +12,9 @@ import { GgufError, ModelError } from "../model/mod.ts";
 import { OrchestratorError } from "../orchestrator/mod.ts";
 import { WorkerError } from "../worker/mod.ts";
 import { addBench } from "./bench.ts";
+import { HubError } from "./hub/errors.ts";
 import { addInspect } from "./inspect.ts";
+import { addPull } from "./pull.ts";
 import { addRun } from "./run.ts";
 import { addServe } from "./serve.ts";
 
@@ -26,6 +28,7 @@ export function createProgram(): Command {
     .exitOverride();
   addRun(program);
   addServe(program);
+  addPull(program);
   addInspect(program);
   addBench(program);
   for (const command of program.commands) command.exitOverride().showHelpAfterError("(--help explains)");
@@ -62,10 +65,12 @@ function explain(error: unknown, path: unknown): string {
     return `${path} is no GGUF file. Lutra runs models in GGUF; convert others with their own tools first.`;
   }
   if (error instanceof Deno.errors.NotCapable) {
-    return `${error.message.replace(/, run again with.*$/s, "")}: run with -P=run, or -P=serve to serve (see README).`;
+    return `${
+      error.message.replace(/, run again with.*$/s, "")
+    }: run with -P=run, -P=serve to serve or -P=pull to pull (see README).`;
   }
   if (error instanceof Deno.errors.AddrInUse) return "the port is in use: choose another with --port.";
-  const known = [ModelError, OrchestratorError, WorkerError, BusError];
+  const known = [ModelError, OrchestratorError, WorkerError, BusError, HubError];
   if (known.some((type) => error instanceof type)) return error.message;
   return `${error.message} (--debug shows more)`;
 }

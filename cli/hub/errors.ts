@@ -1,0 +1,4 @@
+/** A model could not be fetched. The message says what to do. */
+export class HubError extends Error {
+  override readonly name = "HubError";
+}
