@@ -9,6 +9,7 @@
  * | `lutra.C.hello` | from a worker | {@linkcode Hello} |
  * | `lutra.C.worker.W.ctl` | to a worker | {@linkcode ControlRequest}, answered by {@linkcode ControlReply} |
  * | `lutra.C.worker.W.stage.S` | to stage `S`, which that worker holds | WORK |
+ * | `lutra.C.orchestrator` | to the orchestrator that serves | empty; answered by {@linkcode ClusterStatus} |
  * | `lutra.C.orchestrator.O.results` | to orchestrator `O` | RESULT |
  *
  * @module
@@ -29,6 +30,7 @@ export function clusterSubjects(cluster: string): {
   hello: string;
   control(worker: string): string;
   stage(worker: string, stage: number): string;
+  orchestrator: string;
   results(orchestrator: string): string;
 } {
   const root = `lutra.${checkName(cluster)}`;
@@ -37,6 +39,7 @@ export function clusterSubjects(cluster: string): {
     hello: `${root}.hello`,
     control: (worker) => `${root}.worker.${checkName(worker)}.ctl`,
     stage: (worker, stage) => `${root}.worker.${checkName(worker)}.stage.${stage}`,
+    orchestrator: `${root}.orchestrator`,
     results: (orchestrator) => `${root}.orchestrator.${checkName(orchestrator)}.results`,
   };
 }
@@ -48,11 +51,28 @@ function checkName(value: string): string {
   return value;
 }
 
-/** A worker tells that it is there, or leaves. Sent at start, on discovery, while it loads, and when it leaves. */
+/**
+ * What every announcement has, of whatever version: so that one of another version is refused by name, not overlooked.
+ */
+export const anyHelloSchema = z.object({
+  type: z.literal("hello"),
+  id: name,
+  versions: z.object({ abi: u32, wire: u32 }),
+});
+
+/**
+ * A worker tells that it is there, or leaves. Sent at start, on discovery, at every change, and as its heartbeat.
+ */
 export const helloSchema = z.strictObject({
   type: z.literal("hello"),
   id: name,
-  state: z.enum(["ready", "leaving"]),
+  /** `draining`: it wants to leave as soon as others have its layers; `leaving`: it is gone now. */
+  state: z.enum(["ready", "draining", "leaving"]),
+  /**
+   * Another one after every start and every reconnection: with a new one, messages on their way or even the stages are
+   * gone.
+   */
+  session: name,
   /** The newest epoch it has seen; 0 before the first. */
   epoch: u32,
   /** While stages are being loaded: the share that is, 0 to 1. */
@@ -65,6 +85,15 @@ export const helloSchema = z.strictObject({
     memoryBytes: size,
     /** Measured memory read bandwidth in GB/s; `null` when not measured. */
     bandwidthGBps: z.number().positive().nullable(),
+  }),
+  /** What it does at the moment. */
+  work: z.strictObject({
+    /** Micro-batches waiting. */
+    queued: size,
+    /** Milliseconds that the running one has taken so far; `null` when none runs. */
+    runningMs: z.number().nonnegative().nullable(),
+    /** Milliseconds that it should take, by those before; `null` before the first. */
+    expectedMs: z.number().nonnegative().nullable(),
   }),
 });
 /** A worker tells that it is there, or leaves. */
@@ -149,6 +178,8 @@ export const controlRequestSchema = z.discriminatedUnion("type", [
   z.strictObject({ type: z.literal("release"), epoch: count, seqs: z.array(u32).max(65536) }),
   /** Tell what is held and how it goes. */
   z.strictObject({ type: z.literal("status") }),
+  /** The orchestrator does not work with this worker. */
+  z.strictObject({ type: z.literal("refuse"), reason: z.string().max(1024) }),
 ]);
 /** What a worker can be asked for. */
 export type ControlRequest = z.infer<typeof controlRequestSchema>;
@@ -201,8 +232,39 @@ export const controlReplySchema = z.discriminatedUnion("ok", [
 /** A worker's answer. */
 export type ControlReply = z.infer<typeof controlReplySchema>;
 
+/** What the orchestrator tells of the cluster. */
+export const clusterStatusSchema = z.strictObject({
+  orchestrator: name,
+  model: z.string(),
+  /** `waiting` for workers, `loading`, `serving`, `recovering` from a loss, `unavailable` for want of workers, `closed`. */
+  state: z.enum(["waiting", "loading", "serving", "recovering", "unavailable", "closed"]),
+  /** Why it does not serve; empty while it does. */
+  reason: z.string(),
+  epoch: u32,
+  running: size,
+  waiting: size,
+  /** Placements made after a loss, and milliseconds that the last one took. */
+  recoveries: size,
+  lastRecoveryMs: z.number().nonnegative().nullable(),
+  workers: z.array(z.strictObject({
+    id: name,
+    state: z.enum(["ready", "draining", "lost", "refused"]),
+    isa: z.string(),
+    cores: size,
+    memoryBytes: size,
+    bandwidthGBps: z.number().nullable(),
+    /** Milliseconds since it was heard of. */
+    seenMs: z.number().nonnegative(),
+    queued: size,
+    /** Ranges of layers that it holds, end exclusive. */
+    layers: z.array(z.tuple([u32, u32])),
+  })),
+});
+/** What the orchestrator tells of the cluster. */
+export type ClusterStatus = z.infer<typeof clusterStatusSchema>;
+
 /** JSON as bytes. */
-export function encodeJson(value: Hello | ControlRequest | ControlReply): Uint8Array<ArrayBuffer> {
+export function encodeJson(value: Hello | ControlRequest | ControlReply | ClusterStatus): Uint8Array<ArrayBuffer> {
   return new TextEncoder().encode(JSON.stringify(value));
 }
 

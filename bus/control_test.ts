@@ -15,9 +15,11 @@ const hello: Hello = {
   type: "hello",
   id: "pi-4",
   state: "ready",
+  session: "a-0",
   epoch: 0,
   versions: { abi: 1, wire: 1 },
   capabilities: { isa: "neon", cores: 4, memoryBytes: 4e9, bandwidthGBps: null },
+  work: { queued: 0, runningMs: null, expectedMs: null },
 };
 
 Deno.test("decodeJson: returns what encodeJson wrote", () => {

@@ -1,17 +1,33 @@
 import { EventQueue } from "./event_queue.ts";
-import type { Bus, EntryResult, SampleParameters, Shard, StageStatus } from "../bus/mod.ts";
-import { ENTRY_BYTES, HEADER_BYTES, SAMPLE_BYTES } from "../bus/mod.ts";
+import type {
+  Bus,
+  ClusterStatus,
+  EntryResult,
+  SampleParameters,
+  Shard,
+  StageStatus,
+  Subscription,
+} from "../bus/mod.ts";
+import {
+  BusError,
+  clusterSubjects,
+  encodeJson,
+  ENTRY_BYTES,
+  HEADER_BYTES,
+  NoRespondersError,
+  RequestTimeoutError,
+  SAMPLE_BYTES,
+} from "../bus/mod.ts";
 import { StopMatcher } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
+import { Deployment } from "./deployment.ts";
 import { ClusterError, ContextLengthError, EngineClosedError, RequestError } from "./errors.ts";
-import { Membership } from "./membership.ts";
-import { Pipeline } from "./pipeline.ts";
-import { place } from "./placement.ts";
+import type { StepRunner } from "./pipeline.ts";
 import type { PlacedStage } from "./placement.ts";
 import { checkRequest, checkTokens, MAX_LOGIT_BIASES } from "./request.ts";
 import type { CheckedRequest, GenerateEvent, GenerateRequest } from "./request.ts";
 import { Scheduler } from "./scheduler.ts";
-import type { Job, SchedulerStats } from "./scheduler.ts";
+import type { Job, SchedulerOptions, SchedulerStats } from "./scheduler.ts";
 import { modelCost, shardOf } from "./served_model.ts";
 
 /** Options of {@linkcode Engine.start}. */
@@ -38,12 +54,24 @@ export interface EngineOptions {
   maxQueued?: number;
   /** Milliseconds to wait for workers. @default {10000} */
   workerTimeoutMs?: number;
+  /** Wait on when the model does not fit the workers at first, or one cannot load it: others may come. @default {false} */
+  patient?: boolean;
   /** Milliseconds that workers may take to open their shards. @default {600000} */
   loadTimeoutMs?: number;
   /** Milliseconds that a micro-batch may take through all stages. @default {120000} */
   stepTimeoutMs?: number;
   /** Told from time to time which share of the model is loaded, 0 to 1. */
   onLoading?: (fraction: number) => void;
+  /**
+   * Milliseconds without a heartbeat after which a worker is lost. Default: never, as workers of the same process send none.
+   */
+  lostMs?: number;
+  /** Milliseconds that requests wait for a lost worker to be replaced before they fail. @default {10000} */
+  recoveryTimeoutMs?: number;
+  /** Have the workers close their shards at the end, rather than keep them for who comes next. @default {true} */
+  unload?: boolean;
+  /** Told of workers lost and placements made, one line each. Default: nothing. */
+  log?: (message: string) => void;
   /** Ends the start. */
   signal?: AbortSignal;
 }
@@ -74,101 +102,96 @@ const DEFAULT_CONTEXT = 8192;
  */
 export class Engine {
   readonly model: LoadedModel;
-  /** Most tokens of a request, prompt and answer. */
-  readonly contextLength: number;
   readonly #bus: Bus;
-  readonly #membership: Membership;
-  readonly #pipeline: Pipeline;
+  readonly #orchestrator: string;
+  readonly #deployment: Deployment;
   readonly #scheduler: Scheduler;
-  #failure: ClusterError | undefined;
+  readonly #context: number;
+  readonly #service: Subscription;
   #closing: Promise<void> | undefined;
 
-  private constructor(
-    parts: { bus: Bus; model: LoadedModel; membership: Membership; pipeline: Pipeline; scheduler: Scheduler },
-    context: number,
-  ) {
-    this.model = parts.model;
-    this.#bus = parts.bus;
-    this.#membership = parts.membership;
-    this.#pipeline = parts.pipeline;
-    this.#scheduler = parts.scheduler;
-    this.contextLength = Math.min(context, this.#scheduler.capacity);
+  private constructor(options: EngineOptions, settings: Settings) {
+    const { bus, model, cluster = "local" } = options;
+    const { description } = model;
+    this.model = model;
+    this.#bus = bus;
+    this.#orchestrator = crypto.randomUUID();
+    this.#context = settings.context;
+    this.#scheduler = new Scheduler(NO_RUNNER, settings.scheduler);
+    this.#scheduler.pause();
+    const kv = { type: options.kvType ?? "f16", tokens: settings.kvTokens } as const;
+    const shard = { path: model.path, kv, maxBatch: settings.scheduler.maxBatch, context: settings.context };
+    this.#deployment = new Deployment({
+      bus,
+      cluster,
+      orchestrator: this.#orchestrator,
+      cost: modelCost(description, kv),
+      shardOf: (stage) => shardOf(description, stage, shard),
+      ...(options.shards === undefined ? {} : { shards: options.shards }),
+      workers: settings.workers,
+      patient: options.patient ?? false,
+      workerTimeoutMs: options.workerTimeoutMs ?? 10_000,
+      loadTimeoutMs: options.loadTimeoutMs ?? 600_000,
+      stepTimeoutMs: options.stepTimeoutMs ?? 120_000,
+      ...(options.lostMs === undefined ? {} : { lostMs: options.lostMs }),
+      recoveryTimeoutMs: options.recoveryTimeoutMs ?? 10_000,
+      unload: options.unload ?? true,
+      idle: () => this.#scheduler.stats.running + this.#scheduler.stats.waiting === 0,
+      onDown: () => this.#scheduler.pause(),
+      onUp: (pipeline) => this.#scheduler.replace(pipeline),
+      onUnavailable: (reason) => this.#scheduler.abort(reason),
+      onLoading: options.onLoading ?? (() => {}),
+      log: options.log ?? (() => {}),
+    });
+    this.#service = bus.subscribe(
+      clusterSubjects(cluster).orchestrator,
+      (message) => message.respond(encodeJson(this.clusterStatus())),
+    );
   }
 
   /**
    * Waits for workers, places the model, and has them load it.
    *
    * @throws {PlacementError} when it does not fit.
-   * @throws {ClusterError} when workers are missing or cannot load it.
+   * @throws {ClusterError} when workers are missing or cannot load it, or another orchestrator serves the cluster.
    * @throws {RequestError} when an option is out of range.
    */
   static async start(options: EngineOptions): Promise<Engine> {
-    const { bus, model, cluster = "local", signal } = options;
-    const { description } = model;
-    const { hyper } = description;
-    const context = integer("context", options.context ?? Math.min(hyper.context, DEFAULT_CONTEXT), 2, hyper.context);
-    const kvTokens = integer("kvTokens", options.kvTokens ?? Math.max(context, DEFAULT_CONTEXT), 2);
-    const maxBatch = integer("maxBatch", options.maxBatch ?? 256, 1, 1 << 16);
-    const maxRunning = integer("maxRunning", options.maxRunning ?? 64, 1);
-    const maxQueued = integer("maxQueued", options.maxQueued ?? 256, 0);
-    const hiddenBytes = 4 * hyper.embedding;
-    // So that one token of any request always fits a message.
-    const leastPayload = HEADER_BYTES + 4 + ENTRY_BYTES + 4 + SAMPLE_BYTES + 8 * MAX_LOGIT_BIASES + hiddenBytes;
-    if (leastPayload > bus.maxPayload) {
-      throw new RequestError(`the bus takes ${bus.maxPayload} bytes; this model needs messages of ${leastPayload}`);
-    }
-
-    let engine: Engine | undefined;
-    const loaded = new Map<string, number>();
-    const membership = new Membership(bus, cluster, {
-      onLeave: (id) => {
-        if (engine !== undefined) engine.#onLeave(id);
-      },
-      onLoading: (id, fraction) => {
-        if (engine !== undefined || !loaded.has(id)) return;
-        loaded.set(id, fraction);
-        options.onLoading?.([...loaded.values()].reduce((sum, share) => sum + share, 0) / loaded.size);
-      },
-    });
+    const { signal } = options;
+    const engine = await Engine.open(options);
+    const { promise: aborted, reject } = Promise.withResolvers<never>();
+    const abort = () => reject(signal?.reason);
+    signal?.addEventListener("abort", abort);
     try {
-      const workers = await membership.waitFor(integer("workers", options.workers ?? 1, 1), {
-        timeoutMs: options.workerTimeoutMs ?? 10_000,
-        signal,
-      });
-      const kv = { type: options.kvType ?? "f16", tokens: kvTokens } as const;
-      const devices = workers.map(({ id, capabilities }) => ({ id, ...capabilities }));
-      const placement = place(
-        modelCost(description, kv),
-        devices,
-        options.shards === undefined ? {} : { shards: options.shards },
-      );
-      for (const { worker } of placement) loaded.set(worker, 0);
-      const settings = { path: model.path, kv, maxBatch, context };
-      const pipeline = await Pipeline.load({
-        bus,
-        cluster,
-        orchestrator: crypto.randomUUID(),
-        epoch: membership.newestEpoch + 1,
-        placement,
-        shards: placement.map((stage) => shardOf(description, stage, settings)),
-        loadTimeoutMs: options.loadTimeoutMs ?? 600_000,
-        stepTimeoutMs: options.stepTimeoutMs ?? 120_000,
-        signal,
-      });
-      const scheduler = new Scheduler(pipeline, {
-        maxBatch,
-        maxRunning,
-        maxQueued,
-        maxPayload: bus.maxPayload,
-        hiddenBytes,
-        vocab: hyper.vocab,
-      });
-      engine = new Engine({ bus, model, membership, pipeline, scheduler }, context);
+      await Promise.race([engine.ready, aborted]);
       return engine;
     } catch (error) {
-      membership.close();
+      await engine.close();
       throw error;
+    } finally {
+      signal?.removeEventListener("abort", abort);
     }
+  }
+
+  /**
+   * As {@linkcode Engine.start}, but does not wait for workers: until {@linkcode Engine.ready} requests are refused with a
+   * {@linkcode ClusterError} that tells how far it is.
+   */
+  static async open(options: EngineOptions): Promise<Engine> {
+    options.signal?.throwIfAborted();
+    const settings = checkOptions(options);
+    await refuseSecond(options.bus, options.cluster ?? "local");
+    return new Engine(options, settings);
+  }
+
+  /** Resolves when it can answer for the first time; rejects when it cannot. */
+  get ready(): Promise<void> {
+    return this.#deployment.ready;
+  }
+
+  /** Most tokens of a request, prompt and answer. */
+  get contextLength(): number {
+    return this.#deployment.pipeline === undefined ? this.#context : Math.min(this.#context, this.#scheduler.capacity);
   }
 
   /**
@@ -256,25 +279,62 @@ export class Engine {
 
   /** How it does. */
   stats(): EngineStats {
-    const { placement, status, epoch } = this.#pipeline;
-    const stages = placement.map((stage, i) => {
-      const { weightBytes, weightBytesPerToken } = status[i]!.stats;
+    const { pipeline } = this.#deployment;
+    const stages = (pipeline?.placement ?? []).map((stage, i) => {
+      const { weightBytes, weightBytesPerToken } = pipeline!.status[i]!.stats;
       return { ...stage, weightBytes, weightBytesPerToken };
     });
-    return { ...this.#scheduler.stats, contextLength: this.contextLength, epoch, stages };
+    return { ...this.#scheduler.stats, contextLength: this.contextLength, epoch: pipeline?.epoch ?? 0, stages };
+  }
+
+  /** How the cluster does, with every worker. */
+  clusterStatus(): ClusterStatus {
+    const { state, reason, pipeline, recoveries, membership } = this.#deployment;
+    const { running, waiting } = this.#scheduler.stats;
+    const layers = (id: string) =>
+      (pipeline?.placement ?? []).filter(({ worker }) => worker === id).map(({ first, end }): [number, number] => [
+        first,
+        end,
+      ]);
+    const none = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, seenMs: 0, queued: 0 };
+    const lost = (pipeline?.workers ?? []).filter((id) => membership.get(id) === undefined);
+    return {
+      orchestrator: this.#orchestrator,
+      model: this.model.id,
+      state,
+      reason,
+      epoch: pipeline?.epoch ?? 0,
+      running,
+      waiting,
+      recoveries: recoveries.count,
+      lastRecoveryMs: recoveries.lastMs,
+      workers: [
+        ...membership.workers.map(({ id, state, capabilities, work }) => ({
+          id,
+          state: state === "leaving" ? "lost" as const : state,
+          ...capabilities,
+          seenMs: membership.seenMs(id),
+          queued: work.queued,
+          layers: layers(id),
+        })),
+        ...lost.map((id) => ({ id, state: "lost" as const, ...none, layers: layers(id) })),
+        ...[...membership.refused.keys()].map((id) => ({ id, state: "refused" as const, ...none, layers: [] })),
+      ],
+    };
   }
 
   /** Asks the workers how their stages do, first stage first. */
   query(): Promise<StageStatus[]> {
-    return this.#pipeline.query();
+    const { pipeline } = this.#deployment;
+    return pipeline === undefined ? Promise.resolve([]) : pipeline.query();
   }
 
-  /** Ends all requests with {@linkcode EngineClosedError} and has the workers close their shards. */
+  /** Ends all requests with {@linkcode EngineClosedError} and has the workers close their shards, unless they shall keep them. */
   close(): Promise<void> {
     this.#closing ??= (async () => {
       this.#scheduler.close(new EngineClosedError());
-      this.#membership.close();
-      await this.#pipeline.close();
+      this.#service.unsubscribe();
+      await this.#deployment.close();
     })();
     return this.#closing;
   }
@@ -283,23 +343,75 @@ export class Engine {
     await this.close();
   }
 
-  /** Why it answers no more; `undefined` while it does. */
+  /** Why it takes no requests; `undefined` while it does. During a short recovery it does: they wait. */
   get failure(): ClusterError | undefined {
-    return this.#closing === undefined ? this.#failure : new EngineClosedError();
+    if (this.#closing !== undefined) return new EngineClosedError();
+    const { state, reason } = this.#deployment;
+    return state === "serving" || state === "recovering" ? undefined : new ClusterError(reason);
   }
 
   #checkOpen(): void {
     const { failure } = this;
     if (failure !== undefined) throw failure;
   }
+}
 
-  /** A worker that holds a stage leaves: what runs cannot go on. */
-  #onLeave(id: string): void {
-    if (this.#failure !== undefined || !this.#pipeline.placement.some((stage) => stage.worker === id)) return;
-    this.#failure = new ClusterError(`worker ${id} left`);
-    this.#pipeline.fail(this.#failure);
-    this.#scheduler.close(this.#failure);
+/** Stands for the pipeline before there is one; the scheduler pauses then. */
+const NO_RUNNER: StepRunner = {
+  stages: 1,
+  kvBlocks: 0,
+  blockTokens: 1,
+  run: () => Promise.reject(new ClusterError("there is no pipeline")),
+  release: () => {},
+};
+
+interface Settings {
+  readonly context: number;
+  readonly kvTokens: number;
+  readonly workers: number;
+  readonly scheduler: SchedulerOptions;
+}
+
+function checkOptions({ bus, model, ...options }: EngineOptions): Settings {
+  const { hyper } = model.description;
+  const context = integer("context", options.context ?? Math.min(hyper.context, DEFAULT_CONTEXT), 2, hyper.context);
+  const hiddenBytes = 4 * hyper.embedding;
+  // So that one token of any request always fits a message.
+  const leastPayload = HEADER_BYTES + 4 + ENTRY_BYTES + 4 + SAMPLE_BYTES + 8 * MAX_LOGIT_BIASES + hiddenBytes;
+  if (leastPayload > bus.maxPayload) {
+    throw new RequestError(`the bus takes ${bus.maxPayload} bytes; this model needs messages of ${leastPayload}`);
   }
+  return {
+    context,
+    kvTokens: integer("kvTokens", options.kvTokens ?? Math.max(context, DEFAULT_CONTEXT), 2),
+    workers: integer("workers", options.workers ?? 1, 1),
+    scheduler: {
+      maxBatch: integer("maxBatch", options.maxBatch ?? 256, 1, 1 << 16),
+      maxRunning: integer("maxRunning", options.maxRunning ?? 64, 1),
+      maxQueued: integer("maxQueued", options.maxQueued ?? 256, 0),
+      maxPayload: bus.maxPayload,
+      hiddenBytes,
+      vocab: hyper.vocab,
+    },
+  };
+}
+
+/** Milliseconds in which a living orchestrator answers. */
+const SECOND_MS = 1000;
+
+/**
+ * Two orchestrators would take the workers from each other. One that was suspended for long is told apart by its silence; the
+ * epochs fence it off.
+ */
+async function refuseSecond(bus: Bus, cluster: string): Promise<void> {
+  try {
+    await bus.request(clusterSubjects(cluster).orchestrator, new Uint8Array(), { timeoutMs: SECOND_MS });
+  } catch (error) {
+    if (error instanceof NoRespondersError || error instanceof RequestTimeoutError) return;
+    if (error instanceof BusError) throw new ClusterError(`the bus failed: ${error.message}`, { cause: error });
+    throw error;
+  }
+  throw new ClusterError(`cluster ${cluster} is served already: choose another with --cluster, or end that one`);
 }
 
 /** The text and the end of an answer. */

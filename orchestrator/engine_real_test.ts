@@ -184,7 +184,7 @@ Deno.test("Engine.start: a file that is gone is named", async () => {
   const bus = new InProcessBus();
   const worker = await Worker.start({ bus, kernels: loadKernels(), id: "w", threads: 1, memoryBytes: 1e9 });
   await assert.rejects(Engine.start({ bus, model: { ...model, path: "/nowhere.gguf" } }), {
-    name: "ClusterError",
+    name: "LoadError",
     message: /worker w did not load: .*nowhere\.gguf/,
   });
   await worker.close();

@@ -40,6 +40,20 @@ export class ClusterError extends OrchestratorError {
   override name = "ClusterError";
 }
 
+/** A worker did not do what it was asked for. */
+export class LoadError extends ClusterError {
+  override name = "LoadError";
+  readonly worker: string;
+  /** Whether it was not heard of, rather than refused. */
+  readonly silent: boolean;
+
+  constructor(message: string, worker: string, silent: boolean, options?: ErrorOptions) {
+    super(message, options);
+    this.worker = worker;
+    this.silent = silent;
+  }
+}
+
 /** The model does not fit the workers. */
 export class PlacementError extends ClusterError {
   override name = "PlacementError";

@@ -1,4 +1,13 @@
-import { clusterSubjects, decodeJson, helloSchema, WIRE_VERSION, WireError } from "../bus/mod.ts";
+import {
+  anyHelloSchema,
+  BusError,
+  clusterSubjects,
+  decodeJson,
+  encodeJson,
+  helloSchema,
+  WIRE_VERSION,
+  WireError,
+} from "../bus/mod.ts";
 import type { Bus, Hello, Subscription } from "../bus/mod.ts";
 import { ClusterError } from "./errors.ts";
 
@@ -7,10 +16,16 @@ export const WORKER_ABI_VERSION = 2;
 
 /** Options of {@linkcode Membership}. */
 export interface MembershipOptions {
-  /** Told when a worker says that it leaves. */
-  onLeave?: (id: string) => void;
-  /** Told which share of its stages a worker has loaded, 0 to 1. */
-  onLoading?: (id: string, fraction: number) => void;
+  /**
+   * Milliseconds of silence after which a worker counts as lost. Default: workers are never lost, as within one process.
+   */
+  lostMs?: number;
+  /** Told when a worker is gone: it left, fell silent, or began anew and so lost what it held. */
+  onLeave?: (id: string, reason: string) => void;
+  /** Told of every announcement of a worker whose version fits. */
+  onHello?: (hello: Hello) => void;
+  /** Told once of each worker that is refused. */
+  onRefuse?: (id: string, reason: string) => void;
 }
 
 /** Options of {@linkcode Membership.waitFor}. */
@@ -20,61 +35,102 @@ export interface WaitOptions {
   signal?: AbortSignal | undefined;
 }
 
-/** Who is there: what the workers announced, as far as their versions fit. */
+interface Member {
+  hello: Hello;
+  /** When it was heard of last, in milliseconds. */
+  seen: number;
+  /** The session before the present one. */
+  former: string;
+}
+
+/**
+ * Who is there: what the workers announced, as far as their versions fit. A worker is lost when it is silent for long, but not for
+ * the time in which this process heard nobody: while the bus is disconnected, or while it was itself held up.
+ */
 export class Membership {
   readonly #bus: Bus;
-  readonly #discover: string;
-  readonly #subscription: Subscription;
-  readonly #onLeave: (id: string) => void;
-  readonly #onLoading: (id: string, fraction: number) => void;
-  readonly #workers = new Map<string, Hello>();
+  readonly #subjects: ReturnType<typeof clusterSubjects>;
+  readonly #subscriptions: Subscription[];
+  readonly #options: MembershipOptions;
+  readonly #workers = new Map<string, Member>();
   /** Workers of other versions, and why they are refused. */
   readonly #refused = new Map<string, string>();
+  readonly #timer: ReturnType<typeof setInterval> | undefined;
+  #lastTick = performance.now();
+  /** The newest epoch that any worker, here or gone, has seen. */
+  #newestEpoch = 0;
   #changed: (() => void)[] = [];
 
   constructor(bus: Bus, cluster: string, options: MembershipOptions = {}) {
-    const subjects = clusterSubjects(cluster);
     this.#bus = bus;
-    this.#discover = subjects.discover;
-    this.#onLeave = options.onLeave ?? (() => {});
-    this.#onLoading = options.onLoading ?? (() => {});
-    this.#subscription = bus.subscribe(subjects.hello, (message) => this.#onHello(message.data));
+    this.#subjects = clusterSubjects(cluster);
+    this.#options = options;
+    this.#subscriptions = [
+      bus.subscribe(this.#subjects.hello, (message) => this.#onHello(message.data)),
+      bus.watch((state) => {
+        if (state === "connected") this.discover();
+      }),
+    ];
+    const { lostMs } = options;
+    if (lostMs !== undefined) {
+      const every = Math.max(10, lostMs / 8);
+      this.#timer = setInterval(() => this.#tick(every, lostMs), every);
+    }
   }
 
   /** The workers that are there, in the order they came. */
   get workers(): readonly Hello[] {
-    return [...this.#workers.values()];
+    return [...this.#workers.values()].map((member) => member.hello);
+  }
+
+  /** A worker that is there. */
+  get(id: string): Hello | undefined {
+    return this.#workers.get(id)?.hello;
+  }
+
+  /** Milliseconds since a worker was heard of. */
+  seenMs(id: string): number {
+    const member = this.#workers.get(id);
+    return member === undefined ? Infinity : performance.now() - member.seen;
+  }
+
+  /** Who is refused, and why. */
+  get refused(): ReadonlyMap<string, string> {
+    return this.#refused;
   }
 
   /** The newest epoch that any worker has seen. */
   get newestEpoch(): number {
-    return Math.max(0, ...this.workers.map((worker) => worker.epoch));
+    return this.#newestEpoch;
+  }
+
+  /** Asks all workers to announce themselves. */
+  discover(): void {
+    try {
+      this.#bus.publish(this.#subjects.discover, new Uint8Array());
+    } catch (error) {
+      if (!(error instanceof BusError)) throw error;
+    }
   }
 
   /** Asks who is there and resolves when at least `count` workers are. */
   async waitFor(count: number, options: WaitOptions): Promise<readonly Hello[]> {
     const { timeoutMs, signal } = options;
     signal?.throwIfAborted();
-    this.#bus.publish(this.#discover, new Uint8Array());
+    this.discover();
     // Two hops: the question and the answers of those that are in reach already.
     await this.#bus.flush();
     await this.#bus.flush();
     const deadline = Date.now() + timeoutMs;
     while (this.#workers.size < count) {
-      await this.#change(Math.max(0, deadline - Date.now()), signal);
-      if (Date.now() >= deadline && this.#workers.size < count) throw new ClusterError(this.#missing(count, timeoutMs));
+      await this.change(Math.max(0, deadline - Date.now()), signal);
+      if (Date.now() >= deadline && this.#workers.size < count) throw new ClusterError(this.missing(count, timeoutMs));
     }
     return this.workers;
   }
 
-  /** Stops listening. */
-  close(): void {
-    this.#subscription.unsubscribe();
-    for (const wake of this.#changed.splice(0)) wake();
-  }
-
-  /** Resolves at the next announcement, or after `timeoutMs`. */
-  #change(timeoutMs: number, signal: AbortSignal | undefined): Promise<void> {
+  /** Resolves when a worker comes, goes or changes its state, or after `timeoutMs`. */
+  change(timeoutMs: number, signal?: AbortSignal): Promise<void> {
     return new Promise((resolve, reject) => {
       const done = () => {
         clearTimeout(timer);
@@ -85,40 +141,106 @@ export class Membership {
         clearTimeout(timer);
         reject(signal?.reason);
       };
+      if (signal?.aborted === true) return reject(signal.reason);
       const timer = setTimeout(done, timeoutMs);
       signal?.addEventListener("abort", abort, { once: true });
       this.#changed.push(done);
     });
   }
 
+  /** Stops listening. */
+  close(): void {
+    clearInterval(this.#timer);
+    for (const subscription of this.#subscriptions) subscription.unsubscribe();
+    this.#wake();
+  }
+
+  /** How many workers are there, and who is refused. */
+  missing(count: number, timeoutMs: number): string {
+    const there = `${this.#workers.size} of ${count} workers are there after ${timeoutMs / 1000} s`;
+    return this.#refused.size === 0 ? there : `${there}; refused: ${[...this.#refused.values()].join("; ")}`;
+  }
+
+  #wake(): void {
+    for (const wake of this.#changed.splice(0)) wake();
+  }
+
+  #tick(every: number, lostMs: number): void {
+    const now = performance.now();
+    // This process was held up, and so were the announcements in its sockets; or nobody can be heard.
+    const held = now - this.#lastTick - every;
+    this.#lastTick = now;
+    if (this.#bus.state === "disconnected" || held > every) {
+      for (const member of this.#workers.values()) {
+        member.seen += this.#bus.state === "disconnected" ? every + held : held;
+      }
+      return;
+    }
+    for (const [id, member] of [...this.#workers]) {
+      if (now - member.seen > lostMs) this.#remove(id, `worker ${id} is silent for ${(lostMs / 1000).toFixed(1)} s`);
+    }
+  }
+
+  #remove(id: string, reason: string): void {
+    if (!this.#workers.delete(id)) return;
+    this.#options.onLeave?.(id, reason);
+    this.#wake();
+  }
+
   #onHello(data: Uint8Array): void {
     let hello: Hello;
     try {
+      const { id, versions } = decodeJson(anyHelloSchema, data);
+      if (versions.wire !== WIRE_VERSION || versions.abi !== WORKER_ABI_VERSION) {
+        return this.#refuse(
+          id,
+          `${id} has wire version ${versions.wire} and ABI version ${versions.abi}, not ${WIRE_VERSION} and ${WORKER_ABI_VERSION}`,
+        );
+      }
       hello = decodeJson(helloSchema, data);
     } catch (error) {
       if (error instanceof WireError) return; // not a worker of ours
       throw error;
     }
-    const { id, versions } = hello;
+    const { id, session } = hello;
+    this.#newestEpoch = Math.max(this.#newestEpoch, hello.epoch);
     if (hello.state === "leaving") {
       this.#refused.delete(id);
-      if (this.#workers.delete(id)) this.#onLeave(id);
-    } else if (versions.wire !== WIRE_VERSION || versions.abi !== WORKER_ABI_VERSION) {
-      this.#workers.delete(id);
-      this.#refused.set(
-        id,
-        `${id} has wire version ${versions.wire} and ABI version ${versions.abi}, not ${WIRE_VERSION} and ${WORKER_ABI_VERSION}`,
-      );
-    } else {
-      this.#refused.delete(id);
-      this.#workers.set(id, hello);
-      if (hello.loading !== undefined) this.#onLoading(id, hello.loading);
+      return this.#remove(id, `worker ${id} left`);
     }
-    for (const wake of this.#changed.splice(0)) wake();
+    const known = this.#workers.get(id);
+    if (known === undefined) {
+      this.#refused.delete(id);
+      this.#workers.set(id, { hello, seen: performance.now(), former: "" });
+    } else {
+      const { hello: before } = known;
+      if (session !== before.session && session === known.former) {
+        return this.#refuse(id, `two workers call themselves ${id}: give one another name with --id`);
+      }
+      known.hello = hello;
+      known.seen = performance.now();
+      if (session !== before.session) {
+        known.former = before.session;
+        this.#options.onLeave?.(id, `worker ${id} began anew`);
+      } else if (hello.state === before.state) {
+        this.#options.onHello?.(hello);
+        return;
+      }
+    }
+    this.#options.onHello?.(hello);
+    this.#wake();
   }
 
-  #missing(count: number, timeoutMs: number): string {
-    const there = `${this.#workers.size} of ${count} workers are there after ${timeoutMs / 1000} s`;
-    return this.#refused.size === 0 ? there : `${there}; refused: ${[...this.#refused.values()].join("; ")}`;
+  #refuse(id: string, reason: string): void {
+    this.#remove(id, reason);
+    if (this.#refused.get(id) === reason) return;
+    this.#refused.set(id, reason);
+    this.#options.onRefuse?.(id, reason);
+    try {
+      this.#bus.publish(this.#subjects.control(id), encodeJson({ type: "refuse", reason }));
+    } catch (error) {
+      if (!(error instanceof BusError)) throw error;
+    }
+    this.#wake();
   }
 }

@@ -10,9 +10,11 @@ function hello(id: string, change: Partial<Hello> = {}): Uint8Array {
     type: "hello",
     id,
     state: "ready",
+    session: "a-0",
     epoch: 0,
     versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION },
     capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null },
+    work: { queued: 0, runningMs: null, expectedMs: null },
     ...change,
   });
 }

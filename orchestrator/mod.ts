@@ -8,6 +8,7 @@
  *
  * @module
  */
+export * from "./deployment.ts";
 export * from "./engine.ts";
 export * from "./errors.ts";
 export * from "./membership.ts";

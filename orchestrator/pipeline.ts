@@ -10,8 +10,17 @@ import {
   encodeMessage,
   WireError,
 } from "../bus/mod.ts";
-import type { Bus, ControlReply, ControlRequest, EntryResult, Shard, StageStatus, Subscription } from "../bus/mod.ts";
-import { ClusterError } from "./errors.ts";
+import type {
+  Bus,
+  ControlReply,
+  ControlRequest,
+  EntryResult,
+  Shard,
+  StageStatus,
+  Subscription,
+  WireMessage,
+} from "../bus/mod.ts";
+import { ClusterError, LoadError } from "./errors.ts";
 import type { PlacedStage } from "./placement.ts";
 
 /** What the scheduler needs of a pipeline. */
@@ -24,7 +33,7 @@ export interface StepRunner {
   /**
    * Sends a micro-batch (bytes of `encodeBatch`) through all stages. Micro-batches are computed in the order sent.
    *
-   * @throws {ClusterError} when a stage fails or no result comes in time.
+   * @throws {ClusterError} when a stage refuses it, or the pipeline was given up.
    */
   run(batch: Uint8Array): Promise<EntryResult[]>;
   /** Cancels and frees sequences in all stages, ahead of queued micro-batches. */
@@ -46,9 +55,16 @@ export interface PipelineOptions {
   loadTimeoutMs: number;
   /** Milliseconds that a micro-batch may take through all stages. */
   stepTimeoutMs: number;
+  /**
+   * Told when the pipeline cannot go on: messages are lost or malformed. The micro-batches concerned stay open until
+   * {@linkcode Pipeline.fail}.
+   */
+  onTrouble: (error: ClusterError) => void;
   signal?: AbortSignal | undefined;
 }
 
+/** The kernel library's code for a position after the sequence's end: a message was lost. */
+const SEQUENCE_GAP = -7;
 /** Milliseconds that a worker may take to close its shards. */
 const UNLOAD_TIMEOUT_MS = 10_000;
 
@@ -56,6 +72,8 @@ interface PendingStep {
   readonly resolve: (results: EntryResult[]) => void;
   readonly reject: (error: Error) => void;
   readonly timer: ReturnType<typeof setTimeout>;
+  /** When it was sent. */
+  readonly sent: number;
 }
 
 /** One placement of a model on workers, for one epoch: its stages are loaded, and micro-batches run through them. */
@@ -71,6 +89,9 @@ export class Pipeline implements StepRunner {
   #nextStep = 0;
   #status: readonly StageStatus[] = [];
   #failure: ClusterError | undefined;
+  #completed = 0;
+  #lastProgress = performance.now();
+  #slowestMs = 0;
 
   private constructor(options: PipelineOptions) {
     this.#options = options;
@@ -88,7 +109,7 @@ export class Pipeline implements StepRunner {
   /**
    * Has every worker open its shards.
    *
-   * @throws {ClusterError} naming the worker and its reason; then no stage stays open.
+   * @throws {LoadError} naming the worker and its reason.
    */
   static async load(options: PipelineOptions): Promise<Pipeline> {
     const pipeline = new Pipeline(options);
@@ -96,7 +117,8 @@ export class Pipeline implements StepRunner {
       await pipeline.#load();
       return pipeline;
     } catch (error) {
-      await pipeline.close();
+      // Not awaited: a worker that is gone would hold up the next attempt, and the others' stages are fenced by its epoch.
+      pipeline.abandon();
       throw error;
     }
   }
@@ -118,6 +140,21 @@ export class Pipeline implements StepRunner {
     return this.#status[0]!.stats.blockTokens;
   }
 
+  /** Micro-batches that came back. */
+  get completed(): number {
+    return this.#completed;
+  }
+
+  /** Milliseconds since a micro-batch was sent or came back; 0 when none is on its way. */
+  get stillMs(): number {
+    return this.#pending.size === 0 ? 0 : performance.now() - this.#lastProgress;
+  }
+
+  /** The slowest of the recent micro-batches, in milliseconds. */
+  get slowestMs(): number {
+    return this.#slowestMs;
+  }
+
   /** Micro-batches on their way. */
   get inFlight(): number {
     return this.#pending.size;
@@ -128,15 +165,17 @@ export class Pipeline implements StepRunner {
     const step = this.#nextStep++;
     const { bus, epoch, stepTimeoutMs } = this.#options;
     const { promise, resolve, reject } = Promise.withResolvers<EntryResult[]>();
-    const timer = setTimeout(() => {
-      this.#settle(step)?.reject(new ClusterError(`no result of step ${step} within ${stepTimeoutMs} ms`));
-    }, stepTimeoutMs);
-    this.#pending.set(step, { resolve, reject, timer });
+    const timer = setTimeout(
+      () => this.#options.onTrouble(new ClusterError(`no result of step ${step} within ${stepTimeoutMs} ms`)),
+      stepTimeoutMs,
+    );
+    this.#lastProgress = performance.now();
+    this.#pending.set(step, { resolve, reject, timer, sent: this.#lastProgress });
     try {
       const first = this.#subjects.stage(this.placement[0]!.worker, 0);
       bus.publish(first, encodeMessage({ kind: "work", epoch, step }, batch, new Uint8Array()));
     } catch (cause) {
-      this.#settle(step)?.reject(new ClusterError(`step ${step} could not be sent`, { cause }));
+      this.#options.onTrouble(new ClusterError(`step ${step} could not be sent`, { cause }));
     }
     return promise;
   }
@@ -161,10 +200,25 @@ export class Pipeline implements StepRunner {
 
   /** Closes all stages. Workers that do not answer are left to themselves. */
   async close(): Promise<void> {
+    this.abandon();
+    await this.unload(this.#workers);
+  }
+
+  /** Gives up, and leaves the workers their shards: who comes next may want them. */
+  abandon(): void {
     this.fail(new ClusterError("the pipeline was closed"));
     this.#subscription.unsubscribe();
+  }
+
+  /** Has some of the workers close their stages. Those that do not answer are left to themselves. */
+  async unload(workers: readonly string[]): Promise<void> {
     const request = { type: "unload", epoch: this.epoch } as const;
-    await Promise.allSettled(this.#workers.map((worker) => this.#ask(worker, request, UNLOAD_TIMEOUT_MS)));
+    await Promise.allSettled(workers.map((worker) => this.#ask(worker, request, UNLOAD_TIMEOUT_MS)));
+  }
+
+  /** The workers that hold a stage. */
+  get workers(): readonly string[] {
+    return this.#workers;
   }
 
   async #load(): Promise<void> {
@@ -180,7 +234,7 @@ export class Pipeline implements StepRunner {
       return this.#ask(worker, { type: "load", epoch: this.epoch, stages: mine, results }, loadTimeoutMs);
     }));
     const errors = replies.filter((reply) => reply.status === "rejected").map((reply) => reply.reason);
-    if (errors.length > 0) throw errors.find((error) => error instanceof ClusterError) ?? errors[0];
+    if (errors.length > 0) throw errors.find((error) => error instanceof LoadError) ?? errors[0];
     this.#status = replies.flatMap((reply) => reply.status === "fulfilled" ? reply.value.stages : [])
       .sort((a, b) => a.stage - b.stage);
     if (this.#status.length !== placement.length) {
@@ -197,9 +251,9 @@ export class Pipeline implements StepRunner {
       reply = decodeJson(controlReplySchema, message.data);
     } catch (cause) {
       if (!(cause instanceof BusError)) throw cause;
-      throw new ClusterError(`worker ${worker} did not ${request.type}: ${cause.message}`, { cause });
+      throw new LoadError(`worker ${worker} did not ${request.type}: ${cause.message}`, worker, true, { cause });
     }
-    if (!reply.ok) throw new ClusterError(`worker ${worker} did not ${request.type}: ${reply.error}`);
+    if (!reply.ok) throw new LoadError(`worker ${worker} did not ${request.type}: ${reply.error}`, worker, false);
     return reply;
   }
 
@@ -209,27 +263,39 @@ export class Pipeline implements StepRunner {
       this.#options.bus.publish(this.#subjects.control(worker), encodeJson(request));
     } catch (cause) {
       if (!(cause instanceof BusError)) throw cause;
-      this.fail(new ClusterError(`the bus failed: ${cause.message}`, { cause }));
+      this.#options.onTrouble(new ClusterError(`the bus failed: ${cause.message}`, { cause }));
     }
   }
 
   #onResult(data: Uint8Array): void {
-    let pending: PendingStep | undefined;
+    let message: WireMessage;
     try {
-      const message = decodeMessage(data);
-      if (message.kind !== "result" || message.epoch !== this.epoch) return;
-      pending = this.#settle(message.step);
-      if (pending === undefined) return; // received twice, or too late
-      if (message.error) {
-        const { worker, stage, message: reason } = decodeFailure(message.payload);
-        throw new ClusterError(`stage ${stage} on worker ${worker} failed: ${reason}`);
-      }
-      pending.resolve(decodeResults(message, this.#vocab));
+      message = decodeMessage(data);
     } catch (error) {
-      if (error instanceof ClusterError) pending?.reject(error);
-      else if (error instanceof WireError) {
-        pending?.reject(new ClusterError(`a stage sent a malformed result: ${error.message}`, { cause: error }));
-      } else throw error;
+      if (error instanceof WireError) return; // anybody may publish here
+      throw error;
+    }
+    if (message.kind !== "result" || message.epoch !== this.epoch) return;
+    const pending = this.#pending.get(message.step);
+    if (pending === undefined) return; // received twice, or too late
+    try {
+      if (message.error) {
+        const { worker, stage, code, message: reason } = decodeFailure(message.payload);
+        const error = new ClusterError(`stage ${stage} on worker ${worker} failed: ${reason}`);
+        // What a kernel refuses it refuses again. That a stage lacks a message, or could not pass one on, is no fault of the requests.
+        if (code === 0 || code === SEQUENCE_GAP) return this.#options.onTrouble(error);
+        this.#settle(message.step)?.reject(error);
+        return;
+      }
+      const results = decodeResults(message, this.#vocab);
+      this.#settle(message.step);
+      this.#completed++;
+      this.#lastProgress = performance.now();
+      this.#slowestMs = Math.max(0.95 * this.#slowestMs, this.#lastProgress - pending.sent);
+      pending.resolve(results);
+    } catch (error) {
+      if (!(error instanceof WireError)) throw error;
+      this.#options.onTrouble(new ClusterError(`a stage sent a malformed result: ${error.message}`, { cause: error }));
     }
   }
 

@@ -67,6 +67,19 @@ export function place(cost: ModelCost, devices: readonly Device[], options: Plac
   return found;
 }
 
+/** Seconds that the slowest stage of a split takes for a token, as far as reading weights goes. */
+export function slowestStage(cost: ModelCost, devices: readonly Device[], stages: readonly PlacedStage[]): number {
+  const range = rangeCosts(cost);
+  const bandwidths = knownBandwidths(devices);
+  const perWorker = new Map<string, number>();
+  for (const { worker, first, end } of stages) {
+    const at = devices.findIndex((device) => device.id === worker);
+    const time = range(first, end).readBytes / (bandwidths[at]! * 1e9);
+    perWorker.set(worker, (perWorker.get(worker) ?? 0) + time); // stages on one device take turns
+  }
+  return Math.max(...perWorker.values());
+}
+
 /** Cuts the stage with most layers in two, both on its device. */
 function divideLargest(stages: PlacedStage[]): void {
   const sizes = stages.map(({ first, end }) => end - first);

@@ -103,6 +103,7 @@ export class Scheduler {
   #nextSeq = 1;
   #awake = false;
   #starved = 0;
+  #paused = false;
   #closed: Error | undefined;
   #counts = { steps: 0, prefillTokens: 0, decodeTokens: 0, preemptions: 0 };
 
@@ -139,7 +140,8 @@ export class Scheduler {
     this.#waiting.push(sequence);
     this.#byJob.set(job, sequence);
     this.#admit();
-    if (this.#waiting.length > this.#options.maxQueued) {
+    // While it pauses those that ran wait too, and are no reason to refuse anybody.
+    if (this.#waiting.length > this.#options.maxQueued + (this.#paused ? this.#options.maxRunning : 0)) {
       this.#forget(sequence);
       throw new QueueFullError(this.#options.maxQueued);
     }
@@ -161,13 +163,29 @@ export class Scheduler {
     for (const sequence of [...this.#byJob.values()]) this.#fail(sequence, error);
   }
 
+  /** Ends all jobs with `error`, and goes on with new ones. */
+  abort(error: Error): void {
+    for (const sequence of [...this.#byJob.values()]) this.#fail(sequence, error);
+  }
+
+  /**
+   * Takes all sequences off the pipeline and sends no more, until {@linkcode Scheduler.replace}. What the pipeline may still
+   * answer is of no account.
+   */
+  pause(): void {
+    if (this.#paused) return;
+    this.#paused = true;
+    for (const sequence of [...this.#running].reverse()) this.#suspend(sequence);
+    this.#steps.clear();
+  }
+
   /**
    * Goes on with another pipeline: every running sequence is computed anew there from its token ids. What the former one
    * may still answer is of no account. No sequence may be longer than the new {@linkcode Scheduler.capacity}.
    */
   replace(runner: StepRunner): void {
-    for (const sequence of [...this.#running].reverse()) this.#suspend(sequence);
-    this.#steps.clear();
+    this.pause();
+    this.#paused = false;
     this.#runner = runner;
     this.#nextSeq = 1;
     this.#wake();
@@ -179,7 +197,7 @@ export class Scheduler {
     this.#awake = true;
     queueMicrotask(() => {
       this.#awake = false;
-      if (this.#closed === undefined) this.#schedule();
+      if (this.#closed === undefined && !this.#paused) this.#schedule();
     });
   }
 
@@ -197,6 +215,7 @@ export class Scheduler {
 
   /** Lets waiting jobs in, oldest first, as long as their tokens find room beside those of the others. */
   #admit(): void {
+    if (this.#paused) return;
     const { kvBlocks } = this.#runner;
     let promised = 0;
     for (const sequence of this.#running) promised += Math.max(sequence.blocks, this.#blocksFor(sequence));

@@ -36,6 +36,10 @@ export class Stage {
   #doomed: number[] = [];
   /** Sequences of the micro-batch in the kernel library. */
   #running: readonly number[] | undefined;
+  #begin = 0;
+  /** Tokens of the micro-batch in the kernel library, and milliseconds for one, by the last ones. */
+  #runningTokens = 0;
+  #msPerToken: number | undefined;
   readonly #stop = new Int32Array(new ArrayBuffer(4));
   #message = new Uint8Array(new ArrayBuffer(1 << 12));
 
@@ -43,6 +47,15 @@ export class Stage {
     this.spec = spec;
     this.epoch = epoch;
     this.handle = handle;
+  }
+
+  /** How long the running micro-batch has taken, and should take; `undefined` when none runs. */
+  get running(): { runningMs: number; expectedMs: number | null } | undefined {
+    if (this.#running === undefined) return undefined;
+    return {
+      runningMs: performance.now() - this.#begin,
+      expectedMs: this.#msPerToken === undefined ? null : this.#msPerToken * this.#runningTokens,
+    };
   }
 
   /**
@@ -96,7 +109,8 @@ export class Stage {
       for (const seq of seqs) this.#sequences.add(seq);
       Atomics.store(this.#stop, 0, 0);
       this.#running = seqs;
-      const begin = performance.now();
+      this.#begin = performance.now();
+      this.#runningTokens = batch.tokens.length;
       try {
         written = await this.handle.forward(batch.bytes, payload, this.#stop, output);
       } catch (error) {
@@ -105,7 +119,9 @@ export class Stage {
         passed = EMPTY;
       } finally {
         this.#running = undefined;
-        this.busyMs += performance.now() - begin;
+        const ms = performance.now() - this.#begin;
+        this.busyMs += ms;
+        this.#msPerToken = 0.8 * (this.#msPerToken ?? ms / batch.tokens.length) + 0.2 * ms / batch.tokens.length;
         this.#free(this.#doomed.splice(0));
       }
       if (written > capacity) throw new WorkerError(`the kernel library wrote ${written} bytes of ${capacity}`);

@@ -39,6 +39,12 @@ export interface WorkerOptions {
    * Default: not known, and workers count as equally fast.
    */
   bandwidthGBps?: number | "measure";
+  /** Milliseconds between heartbeats; 0 sends none, as within one process. @default {0} */
+  heartbeatMs?: number;
+  /** Where this device has the file that the orchestrator names. Default: under the same path. */
+  resolvePath?: (path: string) => string;
+  /** Told when an orchestrator refuses this worker, and why. Default: it is logged. */
+  onRefused?: (reason: string) => void;
   /** Told of dropped messages, of each kind the first, second, fourth, eighth…, and of a cache's troubles. Default: `console.warn`. */
   log?: (message: string) => void;
 }
@@ -76,6 +82,16 @@ export class Worker {
   #between: (() => void)[] = [];
   /** Load, unload and close happen one after the other. */
   #changes: Promise<void> = Promise.resolve();
+  #state: Hello["state"] = "ready";
+  readonly #start = crypto.randomUUID().slice(0, 8);
+  /** Times that the bus was lost and found again. */
+  #reconnections = 0;
+  readonly #heartbeat: ReturnType<typeof setInterval> | undefined;
+  #refused = "";
+  /** While stages are being loaded: the share that is. */
+  #loading: number | undefined;
+  /** Told when no stage is open. */
+  #onIdle: (() => void) | undefined;
   #closed = false;
 
   private constructor(options: WorkerOptions, bandwidthGBps: number | null) {
@@ -94,10 +110,17 @@ export class Worker {
     };
     const control = this.#subjects.control(this.id);
     this.#subscriptions.push(
-      this.#bus.subscribe(this.#subjects.discover, () => this.#announce("ready")),
+      this.#bus.subscribe(this.#subjects.discover, () => this.#announce()),
       this.#bus.subscribe(control, (message) => this.#onControl(message)),
+      this.#bus.watch((state) => {
+        if (state === "disconnected") return;
+        this.#reconnections++;
+        this.#announce();
+      }),
     );
-    this.#announce("ready");
+    this.#announce();
+    const { heartbeatMs = 0 } = options;
+    if (heartbeatMs > 0) this.#heartbeat = setInterval(() => this.#announce(), heartbeatMs);
   }
 
   /** Starts a worker and announces it. */
@@ -110,31 +133,65 @@ export class Worker {
     return new Worker(options, bandwidth);
   }
 
+  /** Stages that it holds. */
+  get stages(): number {
+    return this.#stages.length;
+  }
+
+  /**
+   * Asks for leave, and goes on computing until others have its layers or `timeoutMs` is over; then closes.
+   *
+   * @returns Whether it held nothing any more when it left.
+   */
+  async drain(timeoutMs: number): Promise<boolean> {
+    if (!this.#closed && this.#stages.length > 0) {
+      this.#state = "draining";
+      const { promise, resolve } = Promise.withResolvers<void>();
+      const timer = setTimeout(resolve, timeoutMs);
+      this.#onIdle = resolve;
+      this.#announce();
+      await promise;
+      clearTimeout(timer);
+      this.#onIdle = undefined;
+    }
+    const idle = this.#stages.length === 0;
+    await this.close();
+    return idle;
+  }
+
   /** Announces its leave, gives up what it computes, and closes its shards. */
   async close(): Promise<void> {
     if (this.#closed) return await this.#changes;
     this.#closed = true;
+    clearInterval(this.#heartbeat);
     for (const subscription of this.#subscriptions) subscription.unsubscribe();
-    try {
-      this.#announce("leaving");
-    } catch (error) {
-      if (!(error instanceof BusError)) throw error; // the bus may be closed before its users
-    }
+    this.#state = "leaving";
+    this.#announce();
     await this.#change(() => this.#closeStages());
   }
 
-  /** @param loading The share of the stages that is loaded, while they are. */
-  #announce(state: Hello["state"], loading?: number): void {
+  #announce(): void {
+    const running = this.#stages.map((stage) => stage.running).find((run) => run !== undefined);
     const hello: Hello = {
       type: "hello",
       id: this.id,
-      state,
+      state: this.#state,
+      session: `${this.#start}-${this.#reconnections}`,
       epoch: this.#epoch,
-      ...(loading === undefined ? {} : { loading }),
+      ...(this.#loading === undefined ? {} : { loading: this.#loading }),
       versions: { abi: this.#kernels.abiVersion, wire: WIRE_VERSION },
       capabilities: this.#capabilities,
+      work: {
+        queued: this.#queue.length,
+        runningMs: running?.runningMs ?? null,
+        expectedMs: running?.expectedMs ?? null,
+      },
     };
-    this.#bus.publish(this.#subjects.hello, encodeJson(hello));
+    try {
+      this.#bus.publish(this.#subjects.hello, encodeJson(hello));
+    } catch (error) {
+      if (!(error instanceof BusError)) throw error; // the bus may be closed before its users
+    }
   }
 
   // Control.
@@ -149,6 +206,11 @@ export class Worker {
       return message.respond(encodeJson(refusal(error)));
     }
     if (request.type === "release") return this.#release(request, message);
+    if (request.type === "refuse") {
+      if (request.reason !== this.#refused) this.#onRefused(request.reason);
+      this.#refused = request.reason;
+      return;
+    }
     const act = request.type === "load"
       ? () => this.#load(request)
       : request.type === "unload"
@@ -156,6 +218,11 @@ export class Worker {
       : () => Promise.resolve();
     this.#change(act).then(() => this.#status()).catch(refusal).then((reply) => message.respond(encodeJson(reply)))
       .catch((error) => this.#log(`worker ${this.id} could not answer: ${error}`));
+  }
+
+  #onRefused(reason: string): void {
+    if (this.#options.onRefused !== undefined) this.#options.onRefused(reason);
+    else this.#log(`worker ${this.id} is refused: ${reason}`);
   }
 
   /** Runs `act` after all changes before it. */
@@ -198,8 +265,12 @@ export class Worker {
         let handle: ShardHandle;
         if (keep === undefined) {
           const { isa = null, cache = null } = this.#options;
-          handle = await this.#kernels.openShard(wanted.shard, { threads: this.#threads, isa, cache }, {
-            onProgress: (fraction) => this.#tellLoading((i + fraction) / request.stages.length),
+          const path = this.#options.resolvePath?.(wanted.shard.path) ?? wanted.shard.path;
+          handle = await this.#kernels.openShard({ ...wanted.shard, path }, { threads: this.#threads, isa, cache }, {
+            onProgress: (fraction) => {
+              this.#loading = (i + fraction) / request.stages.length;
+              this.#announce();
+            },
             onNote: (text) => this.#log(`worker ${this.id}: ${text}`),
           });
         } else {
@@ -219,17 +290,11 @@ export class Worker {
         stage.handle.close();
       }
       throw error;
+    } finally {
+      this.#loading = undefined;
     }
     this.#stages = opened;
     this.#loaded = content;
-  }
-
-  #tellLoading(fraction: number): void {
-    try {
-      this.#announce("ready", fraction);
-    } catch (error) {
-      if (!(error instanceof BusError)) throw error; // nobody hears it; what was asked for is loaded all the same
-    }
   }
 
   async #unload(epoch: number): Promise<void> {
@@ -241,6 +306,7 @@ export class Worker {
     await this.#fence();
     for (const stage of this.#stages.splice(0)) stage.handle.close();
     this.#loaded = "";
+    this.#onIdle?.();
   }
 
   /** Ends all work: no more messages, an empty queue, nothing in the kernel library. */

@@ -1,0 +1,400 @@
+import { BusError } from "../bus/mod.ts";
+import type { Bus, Hello, Shard, Subscription } from "../bus/mod.ts";
+import { ClusterError, LoadError, PlacementError } from "./errors.ts";
+import { Membership } from "./membership.ts";
+import { Pipeline } from "./pipeline.ts";
+import { place, slowestStage } from "./placement.ts";
+import type { ModelCost, PlacedStage } from "./placement.ts";
+
+/** Where a deployment is in its life; see {@linkcode clusterStatusSchema}. */
+export type DeploymentState = "waiting" | "loading" | "serving" | "recovering" | "unavailable" | "closed";
+
+/** Options of {@linkcode Deployment}. */
+export interface DeploymentOptions {
+  bus: Bus;
+  cluster: string;
+  /** Id of this orchestrator. */
+  orchestrator: string;
+  cost: ModelCost;
+  shardOf: (stage: PlacedStage) => Shard;
+  /** Exactly so many stages. */
+  shards?: number;
+  /** Workers to wait for at first. */
+  workers: number;
+  /** Whether to wait on when the model does not fit at first, or a worker cannot load it: others may come. */
+  patient: boolean;
+  workerTimeoutMs: number;
+  loadTimeoutMs: number;
+  stepTimeoutMs: number;
+  /** Silence after which a worker is lost; absent: never. */
+  lostMs?: number;
+  /** Milliseconds that requests wait for a lost worker to be replaced before they fail. */
+  recoveryTimeoutMs: number;
+  /** Close the stages at the end. */
+  unload: boolean;
+  /** Whether nothing runs, so that a new placement disturbs nobody. */
+  idle: () => boolean;
+  /** Told when the pipeline cannot go on; the next one comes with `onUp`. */
+  onDown: (reason: ClusterError) => void;
+  onUp: (pipeline: Pipeline) => void;
+  /** Told that no pipeline can be had with the workers that are there. */
+  onUnavailable: (reason: ClusterError) => void;
+  /** Told which share of the model is loaded, 0 to 1. */
+  onLoading: (fraction: number) => void;
+  /** Told of what happens, one line each. */
+  log: (message: string) => void;
+}
+
+/** A step whose message is lost is noticed after so long at the least, and a kernel that hangs. */
+const LOST_STEP_MS = 1500;
+const HUNG_MS = 10_000;
+/** … or after so many times as long as it should take. */
+const PATIENCE = 20;
+/** A worker that did not load is left out for so long. */
+const SUSPECT_MS = 5000;
+/** A placement must be so much faster to be worth a change, and waits for a moment without requests for so long at most. */
+const WORTH = 0.9;
+const REPLAN_MS = 30_000;
+/** Losses in a row without a micro-batch done between them, after which requests are given up. */
+const MOST_FRUITLESS = 4;
+const TICK_MS = 250;
+
+/**
+ * Keeps a model served by whatever workers are there: it places the model, has it loaded, watches over the workers and the messages,
+ * and begins a new epoch with a new placement when something is lost. What it cannot see is what runs: that is brought
+ * over by its owner, from token ids.
+ */
+export class Deployment {
+  readonly membership: Membership;
+  readonly #options: DeploymentOptions;
+  readonly #watching: Subscription;
+  readonly #stop = new AbortController();
+  readonly #running: Promise<void>;
+  readonly #ready = Promise.withResolvers<void>();
+  readonly #suspects = new Map<string, number>();
+  #pipeline: Pipeline | undefined;
+  /** The sessions of the pipeline's workers when it was loaded. */
+  #sessions = new Map<string, string>();
+  #state: DeploymentState = "waiting";
+  #reason = "no workers yet";
+  #epoch = 0;
+  /** Ends the pipeline's watch. */
+  #trouble: ((error: ClusterError) => void) | undefined;
+  #fruitless = 0;
+  #recoveries = 0;
+  #lastRecoveryMs: number | null = null;
+  #replanSince: number | undefined;
+  /** While a placement is loaded: the share that each worker has. */
+  #loaded: Map<string, number> | undefined;
+
+  constructor(options: DeploymentOptions) {
+    this.#options = options;
+    const { lostMs } = options;
+    this.membership = new Membership(options.bus, options.cluster, {
+      ...(lostMs === undefined ? {} : { lostMs }),
+      onLeave: (id, reason) => {
+        if (this.#sessions.has(id)) this.#trouble?.(new ClusterError(reason));
+      },
+      onHello: (hello) => this.#onHello(hello),
+      onRefuse: (_, reason) => options.log(`refused: ${reason}`),
+    });
+    this.#watching = options.bus.watch((state) => {
+      if (state === "connected") this.#trouble?.(new ClusterError("the bus was away: messages may be lost"));
+    });
+    this.#ready.promise.catch(() => {});
+    this.#running = this.#run();
+  }
+
+  /** Resolves when it serves for the first time; rejects when it cannot. */
+  get ready(): Promise<void> {
+    return this.#ready.promise;
+  }
+
+  get state(): DeploymentState {
+    return this.#state;
+  }
+
+  /** Why it does not serve; empty while it does. */
+  get reason(): string {
+    return this.#reason;
+  }
+
+  get pipeline(): Pipeline | undefined {
+    return this.#pipeline;
+  }
+
+  /** New placements after a loss, and milliseconds that the last took. */
+  get recoveries(): { count: number; lastMs: number | null } {
+    return { count: this.#recoveries, lastMs: this.#lastRecoveryMs };
+  }
+
+  /** Ends it. The workers keep their shards unless they are to be unloaded. */
+  async close(): Promise<void> {
+    if (this.#state === "closed") return await this.#running;
+    this.#state = "closed";
+    this.#reason = "closed";
+    this.#stop.abort(new ClusterError("the deployment was closed"));
+    this.#trouble?.(new ClusterError("the deployment was closed"));
+    await this.#running;
+    this.#watching.unsubscribe();
+    this.membership.close();
+    if (this.#pipeline === undefined) return;
+    if (this.#options.unload) await this.#pipeline.close();
+    else this.#pipeline.abandon();
+  }
+
+  #set(state: DeploymentState, reason: string): void {
+    if (this.#state === "closed") return;
+    this.#state = state;
+    this.#reason = reason;
+  }
+
+  async #run(): Promise<void> {
+    const { signal } = this.#stop;
+    let since: number | undefined;
+    while (!signal.aborted) {
+      let pipeline: Pipeline;
+      try {
+        pipeline = await this.#deploy(since);
+      } catch (error) {
+        this.#set("unavailable", error instanceof Error ? error.message : String(error));
+        this.#ready.reject(error);
+        return;
+      }
+      const former = this.#pipeline;
+      this.#pipeline = pipeline;
+      if (former !== undefined) this.#letGo(former, pipeline);
+      if (since !== undefined) {
+        this.#lastRecoveryMs = performance.now() - since;
+        this.#recoveries++;
+        this.#options.log(`goes on after ${Math.round(this.#lastRecoveryMs)} ms: ${describe(pipeline.placement)}`);
+      } else this.#options.log(`serves: ${describe(pipeline.placement)}`);
+      this.#set("serving", "");
+      const watch = this.#watch(pipeline);
+      this.#options.onUp(pipeline);
+      this.#ready.resolve();
+      const reason = await watch;
+      if (signal.aborted) return;
+      since = performance.now();
+      this.#options.log(`${reason.message}: placing anew`);
+      this.#set("recovering", reason.message);
+      this.#fruitless = pipeline.completed > 0 ? 0 : this.#fruitless + 1;
+      this.#options.onDown(reason);
+      pipeline.abandon();
+      if (this.#fruitless >= MOST_FRUITLESS) {
+        this.#fruitless = 0;
+        this.#options.onUnavailable(reason);
+      }
+    }
+  }
+
+  /** Has workers that are not used any more close the stages of the pipeline before. */
+  #letGo(former: Pipeline, present: Pipeline): void {
+    const unused = former.workers.filter((id) =>
+      !present.workers.includes(id) && this.membership.get(id) !== undefined
+    );
+    void former.unload(unused);
+  }
+
+  /** Resolves with a pipeline over the workers that are there, as soon as there is one. */
+  async #deploy(since: number | undefined): Promise<Pipeline> {
+    const options = this.#options;
+    const { membership } = this;
+    const { signal } = this.#stop;
+    if (since === undefined) await this.#waitForWorkers();
+    for (let told = false;;) {
+      signal.throwIfAborted();
+      let failure: ClusterError;
+      try {
+        return await this.#load();
+      } catch (error) {
+        signal.throwIfAborted();
+        if (error instanceof BusError) failure = new ClusterError(`the bus failed: ${error.message}`, { cause: error });
+        else if (error instanceof ClusterError) failure = error;
+        else throw error;
+      }
+      // At the start a refusal is the user's to know; later the others may do, or the refused one at another time.
+      const silent = failure instanceof LoadError && failure.silent;
+      if (since === undefined && !options.patient && !silent) throw failure;
+      if (since === undefined && failure.message !== this.#reason) {
+        this.#set("waiting", failure.message);
+        options.log(failure.message);
+      }
+      if (failure instanceof LoadError) {
+        this.#suspects.set(failure.worker, performance.now() + (failure.silent ? 500 : SUSPECT_MS));
+        options.log(failure.message);
+      }
+      if (since !== undefined && !told && performance.now() - since > options.recoveryTimeoutMs) {
+        told = true;
+        this.#set("unavailable", failure.message);
+        options.log(`unavailable: ${failure.message}`);
+        options.onUnavailable(failure);
+      }
+      membership.discover();
+      await membership.change(100, signal);
+    }
+  }
+
+  async #waitForWorkers(): Promise<void> {
+    const { workers, workerTimeoutMs, bus } = this.#options;
+    const { signal } = this.#stop;
+    this.#set("waiting", "waiting for workers");
+    const deadline = performance.now() + workerTimeoutMs;
+    for (;;) {
+      const left = deadline - performance.now();
+      if (left <= 0) throw new ClusterError(this.membership.missing(workers, workerTimeoutMs));
+      try {
+        await this.membership.waitFor(workers, { timeoutMs: left, signal });
+        return;
+      } catch (error) {
+        if (!(error instanceof BusError) || signal.aborted) {
+          if (left <= workerTimeoutMs && error instanceof ClusterError) {
+            throw new ClusterError(this.membership.missing(workers, workerTimeoutMs));
+          }
+          throw error;
+        }
+        if (bus.state === "disconnected") await this.membership.change(100, signal);
+      }
+    }
+  }
+
+  /** Workers that may hold stages; those that want to leave only when it cannot be done without. */
+  #candidates(): { devices: readonly Hello[]; all: readonly Hello[] } {
+    const now = performance.now();
+    const all = this.membership.workers.filter(({ id }) => (this.#suspects.get(id) ?? 0) <= now)
+      // The same order after every restart, so that the same workers get the same layers, which they may hold already.
+      .sort((a, b) => a.id < b.id ? -1 : 1);
+    return { all, devices: all.filter((worker) => worker.state === "ready") };
+  }
+
+  #place(workers: readonly Hello[]): PlacedStage[] {
+    const { cost, shards } = this.#options;
+    return place(cost, workers.map(deviceOf), shards === undefined ? {} : { shards });
+  }
+
+  async #load(): Promise<Pipeline> {
+    const { bus, cluster, orchestrator, shardOf, loadTimeoutMs, stepTimeoutMs } = this.#options;
+    const { all, devices } = this.#candidates();
+    let placement: PlacedStage[];
+    try {
+      placement = this.#place(devices);
+    } catch (error) {
+      if (!(error instanceof PlacementError) || all.length === devices.length) throw error;
+      placement = this.#place(all);
+    }
+    if (this.#state === "waiting" || this.#state === "unavailable") {
+      this.#set("loading", "workers are loading the model");
+    }
+    this.#epoch = Math.max(this.#epoch, this.membership.newestEpoch) + 1;
+    const sessions = () => new Map(placement.map(({ worker }) => [worker, this.membership.get(worker)?.session ?? ""]));
+    const before = sessions();
+    // A worker that is lost while it loads is not waited for.
+    const gone = new AbortController();
+    this.#sessions = before;
+    this.#loaded = new Map(placement.map(({ worker }) => [worker, 0]));
+    this.#trouble = (error) => gone.abort(error);
+    let pipeline: Pipeline;
+    try {
+      pipeline = await Pipeline.load({
+        bus,
+        cluster,
+        orchestrator,
+        epoch: this.#epoch,
+        placement,
+        shards: placement.map(shardOf),
+        loadTimeoutMs,
+        stepTimeoutMs,
+        signal: AbortSignal.any([this.#stop.signal, gone.signal]),
+        onTrouble: (error) => this.#trouble?.(error),
+      });
+    } catch (error) {
+      this.#sessions = new Map();
+      throw error;
+    } finally {
+      this.#trouble = undefined;
+      this.#loaded = undefined;
+    }
+    return pipeline;
+  }
+
+  /** Resolves with the reason when the pipeline cannot, or shall not, go on. */
+  async #watch(pipeline: Pipeline): Promise<ClusterError> {
+    const { promise, resolve } = Promise.withResolvers<ClusterError>();
+    this.#trouble = resolve;
+    this.#replanSince = undefined;
+    const timer = this.#options.lostMs === undefined ? undefined : setInterval(() => {
+      const reason = this.#still(pipeline) ?? this.#replan(pipeline);
+      if (reason !== undefined) resolve(reason);
+    }, TICK_MS);
+    // Somebody may have gone, or begun anew, in the moment before.
+    for (const [id, session] of this.#sessions) {
+      if (this.membership.get(id)?.session !== session) resolve(new ClusterError(`worker ${id} is gone`));
+    }
+    const reason = await promise;
+    clearInterval(timer);
+    this.#trouble = undefined;
+    this.#sessions = new Map();
+    return reason;
+  }
+
+  /** Whether a message was lost: nothing comes, and all workers have told since that they do nothing. */
+  #still(pipeline: Pipeline): ClusterError | undefined {
+    const still = pipeline.stillMs;
+    if (this.#options.bus.state === "disconnected") return undefined;
+    if (still < Math.max(LOST_STEP_MS, PATIENCE * Math.min(pipeline.slowestMs, LOST_STEP_MS))) return undefined;
+    const busy = pipeline.workers.some((id) => {
+      const hello = this.membership.get(id);
+      return hello === undefined || hello.work.queued > 0 || hello.work.runningMs !== null ||
+        this.membership.seenMs(id) > still - LOST_STEP_MS / 2;
+    });
+    return busy ? undefined : new ClusterError(`a message was lost ${Math.round(still)} ms ago`);
+  }
+
+  #onHello({ id, state, epoch, work, loading }: Hello): void {
+    if (loading !== undefined && this.#loaded?.has(id) === true) {
+      this.#loaded.set(id, loading);
+      this.#options.onLoading([...this.#loaded.values()].reduce((sum, share) => sum + share, 0) / this.#loaded.size);
+    }
+    const pipeline = this.#pipeline;
+    if (this.#state !== "serving" || pipeline === undefined || !this.#sessions.has(id)) return;
+    if (epoch > pipeline.epoch) {
+      this.#trouble?.(new ClusterError(`worker ${id} follows another orchestrator`));
+      return;
+    }
+    const { runningMs, expectedMs } = work;
+    if (runningMs !== null && runningMs > Math.max(HUNG_MS, PATIENCE * (expectedMs ?? HUNG_MS))) {
+      this.#suspects.set(id, performance.now() + SUSPECT_MS);
+      this.#trouble?.(new ClusterError(`worker ${id} hangs in a micro-batch for ${Math.round(runningMs)} ms`));
+    } else if (state === "draining" && this.#candidates().devices.length > 0) {
+      try {
+        this.#place(this.#candidates().devices);
+      } catch {
+        return; // it is needed still
+      }
+      this.#trouble?.(new ClusterError(`worker ${id} wants to leave`));
+    }
+  }
+
+  /** Whether workers that came since make it worth a new placement, at a moment that disturbs nobody. */
+  #replan(pipeline: Pipeline): ClusterError | undefined {
+    const { cost, shards, idle } = this.#options;
+    const { devices } = this.#candidates();
+    if (shards !== undefined || devices.every(({ id }) => this.#sessions.has(id))) return undefined;
+    const all = devices.map(deviceOf);
+    if (!pipeline.workers.every((id) => all.some((device) => device.id === id))) return undefined;
+    const faster = slowestStage(cost, all, this.#place(devices));
+    if (faster > WORTH * slowestStage(cost, all, pipeline.placement)) return undefined;
+    this.#replanSince ??= performance.now();
+    if (!idle() && performance.now() - this.#replanSince < REPLAN_MS) return undefined;
+    return new ClusterError("more workers make it faster");
+  }
+}
+
+function deviceOf({ id, capabilities }: Hello) {
+  return { id, ...capabilities };
+}
+
+/** A placement in one line. */
+function describe(placement: readonly PlacedStage[]): string {
+  return placement.map(({ worker, first, end }) => `${worker} layers ${first}–${end - 1}`).join(", ");
+}
