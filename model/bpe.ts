@@ -22,7 +22,7 @@ const CACHE_WORDS = 16_384;
  * like merge characters instead, with `▁` for spaces, and fall back to byte tokens.
  */
 export class BpeTokenizer extends VocabularyTokenizer {
-  readonly stripsLeadingSpace = false;
+  readonly stripsLeadingSpace: boolean;
   readonly #ranks: ReadonlyMap<string, number>;
   readonly #pre: PreTokenizer;
   readonly #bytes: readonly (number | undefined)[];
@@ -38,13 +38,15 @@ export class BpeTokenizer extends VocabularyTokenizer {
     for (let rank = merges.length - 1; rank >= 0; rank--) ranks.set(merges[rank]!, rank);
     this.#ranks = ranks;
     this.#pre = pre;
+    this.stripsLeadingSpace = !pre.byteLevel && vocabulary.addSpacePrefix;
     this.#bytes = pre.byteLevel ? [] : this.byteTokens();
     this.warnings = pre.warning === undefined ? [] : [pre.warning];
   }
 
-  protected encodeText(text: string): number[] {
+  protected encodeText(text: string, first: boolean): number[] {
     const out: number[] = [];
-    const spelt = this.#pre.byteLevel ? text : text.replaceAll(" ", SPACE);
+    const prefix = first && this.stripsLeadingSpace && this.prefixes(text) ? SPACE : "";
+    const spelt = this.#pre.byteLevel ? text : prefix + text.replaceAll(" ", SPACE);
     for (const word of this.#pre.split(spelt)) for (const id of this.#encodeWord(word)) out.push(id);
     return out;
   }

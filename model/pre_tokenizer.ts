@@ -272,6 +272,14 @@ function splitBy(text: string, pattern: RegExp, pieces = (match: string) => [mat
   return out;
 }
 
+/** Splits nothing: merges of characters run over the whole text, as SentencePiece's do. */
+export const characterPreTokenizer: PreTokenizer = {
+  split: (text) => text === "" ? [] : [text],
+  ignoreMerges: false,
+  byteLevel: false,
+  addBos: false,
+};
+
 /**
  * The pre-tokenizer that `tokenizer.ggml.pre` names. An unknown name stands for `default`, with a warning, as most texts come
  * out the same.

@@ -28,7 +28,7 @@ export class SpmTokenizer extends VocabularyTokenizer {
   }
 
   protected encodeText(text: string, first: boolean): number[] {
-    const prefixed = first && this.vocabulary.addSpacePrefix ? ` ${text}` : text;
+    const prefixed = first && this.prefixes(text) ? ` ${text}` : text;
     const pieces = mergePieces([...prefixed.replaceAll(" ", SPACE)], (a, b) => this.#rank.get(a + b));
     const out: number[] = [];
     for (const piece of pieces) {

@@ -55,6 +55,8 @@ export interface Vocabulary {
   readonly addBos: boolean;
   readonly addEos: boolean;
   readonly addSpacePrefix: boolean;
+  /** Whether a text that begins with a space gets none before it. */
+  readonly keepsFirstSpace: boolean;
   /** Unigram: runs of spaces become one. */
   readonly removeExtraSpaces: boolean;
   /** Unigram: SentencePiece's compiled table of what to write for which characters. */
@@ -98,6 +100,12 @@ export abstract class VocabularyTokenizer implements Tokenizer {
   abstract tokenBytes(id: number): Uint8Array;
   /** Whether the decoded text of the first token loses its leading space. */
   abstract readonly stripsLeadingSpace: boolean;
+
+  /** Whether a space goes before a text at its beginning. */
+  protected prefixes(text: string): boolean {
+    const { addSpacePrefix, keepsFirstSpace } = this.vocabulary;
+    return addSpacePrefix && !(keepsFirstSpace && /^[ \u2581]/.test(text));
+  }
 
   /** The token of each byte, for what no other token spells; `undefined` where there is none. */
   protected byteTokens(): (number | undefined)[] {

@@ -84,10 +84,10 @@ export class UnigramTokenizer extends VocabularyTokenizer {
   }
 
   #normalise(text: string, first: boolean): string {
-    const { addSpacePrefix, removeExtraSpaces } = this.vocabulary;
+    const { removeExtraSpaces } = this.vocabulary;
     let spelt = this.#charsMap?.apply(text) ?? text;
     if (removeExtraSpaces) spelt = spelt.replaceAll(/ +/g, " ").replaceAll(/^ | $/g, "");
-    if (addSpacePrefix && first && spelt !== "") spelt = ` ${spelt}`;
+    if (first && spelt !== "" && this.prefixes(spelt)) spelt = ` ${spelt}`;
     return spelt.replaceAll(" ", SPACE);
   }
 

@@ -100,6 +100,7 @@ export function tokenizerOf(gguf: GgufFile): Tokenizer {
     addBos: m.boolean("tokenizer.ggml.add_bos_token") ?? (bpe ? pre.addBos : defaults.addBos ?? false),
     addEos: m.boolean("tokenizer.ggml.add_eos_token") ?? defaults.addEos ?? false,
     addSpacePrefix: m.boolean("tokenizer.ggml.add_space_prefix") ?? defaults.spaces ?? false,
+    keepsFirstSpace: false,
     removeExtraSpaces: m.boolean("tokenizer.ggml.remove_extra_whitespaces") ?? false,
     charsMap: m.bytes("tokenizer.ggml.precompiled_charsmap"),
     strip: { left: new Set(), right: strippedRight(m.string("general.name") ?? "", tokens, types) },
