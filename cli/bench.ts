@@ -44,7 +44,7 @@ export interface BenchResult {
 export function addBench(program: Command): void {
   const command = program.command("bench")
     .description("measure prefill and decode, and how near decoding comes to the memory's speed")
-    .argument("<model>", "a GGUF file, or hf:org/repo[:file] that was pulled")
+    .argument("<model>", "a GGUF file, a folder with safetensors, or hf:org/repo[:file] that was pulled")
     .option("--prompt-tokens <n>", "tokens of the prompt", integer(2), 128)
     .option("--gen-tokens <n>", "tokens to generate", integer(2), 64)
     .option("--batch <n>", "sequences at the same time", integer(1), 1)

@@ -1,17 +1,18 @@
 import type { Command } from "commander";
 import { modelPath } from "./hub/reference.ts";
-import { describeModel, ggmlTypeName, readGguf } from "../model/mod.ts";
+import { describeModel, ggmlTypeName, isModelFolder, readGguf, readModelFolder } from "../model/mod.ts";
 import type { GgufFile, GgufValue, ModelDescription } from "../model/mod.ts";
 
 /** Adds the command `inspect`. */
 export function addInspect(program: Command): void {
   program.command("inspect")
     .description("say what a GGUF file holds, whether Lutra can run it or not")
-    .argument("<model>", "a GGUF file, or hf:org/repo[:file] that was pulled")
+    .argument("<model>", "a GGUF file, a folder with safetensors, or hf:org/repo[:file] that was pulled")
     .option("--tensors", "list every tensor")
     .option("--json", "print JSON")
     .action((path: string, flags: { tensors?: boolean; json?: boolean }) => {
-      const gguf = readGguf(modelPath(path));
+      const file = modelPath(path);
+      const gguf = isModelFolder(file) ? readModelFolder(file).gguf : readGguf(file);
       let description: ModelDescription | undefined;
       let reason: string | undefined;
       try {
@@ -71,7 +72,8 @@ function asText(
   reason: string | undefined,
   tensors: boolean,
 ) {
-  const lines = [`${gguf.path}: GGUF version ${gguf.version}, ${bytes(gguf.size)}, ${gguf.tensors.size} tensors`];
+  const format = gguf.version === 0 ? "safetensors" : `GGUF version ${gguf.version}`;
+  const lines = [`${gguf.path}: ${format}, ${bytes(gguf.size)}, ${gguf.tensors.size} tensors`];
   if (description !== undefined) {
     const h = description.hyper;
     lines.push(

@@ -21,7 +21,7 @@ interface RunFlags extends ClusterFlags, SamplingFlags {
 export function addRun(program: Command): void {
   const command = program.command("run")
     .description("answer one prompt, or hold a conversation")
-    .argument("<model>", "a GGUF file, or hf:org/repo[:file] that was pulled")
+    .argument("<model>", "a GGUF file, a folder with safetensors, or hf:org/repo[:file] that was pulled")
     .argument("[prompt]", "the prompt; `-` reads it from standard input; none begins a conversation")
     .option("--max-tokens <n>", "most tokens to generate", integer(1))
     .option("--stop <text...>", "end the answer before this text")

@@ -18,7 +18,7 @@ interface ServeFlags extends ClusterFlags {
 export function addServe(program: Command): void {
   const command = program.command("serve")
     .description("answer over HTTP as OpenAI's API does, with a web page")
-    .argument("<model>", "a GGUF file, or hf:org/repo[:file] that was pulled")
+    .argument("<model>", "a GGUF file, a folder with safetensors, or hf:org/repo[:file] that was pulled")
     .option("--host <address>", "address to listen on; 0.0.0.0 is all", "127.0.0.1")
     .option("--port <n>", "port to listen on", integer(0), 11535)
     .option("--api-key <key>", "ask clients for this key (or set LUTRA_API_KEY)")

@@ -78,7 +78,8 @@ export function describeModel(gguf: GgufFile): ModelDescription {
       `architecture ${JSON.stringify(name)} is not supported; there is ${[...ARCHITECTURES.keys()].join(", ")}`,
     );
   }
-  const hyper = architecture.hyper(metadata, gguf);
+  const own = architecture.hyper(metadata, gguf);
+  const hyper = gguf.rotaryHalves === true ? { ...own, rope: { ...own.rope, style: "neox" as const } } : own;
   const { tensors: names } = architecture;
   const used = new Set<string>();
   const tensor = (key: string, ...shape: number[]): TensorRef => {

@@ -18,6 +18,18 @@ export class GgufError extends ModelError {
   }
 }
 
+/** A file is no valid safetensors. */
+export class SafetensorsError extends ModelError {
+  override readonly name = "SafetensorsError";
+  /** What is wrong: the header, or a tensor. */
+  readonly field: string;
+
+  constructor(file: string, field: string, message: string, options?: ErrorOptions) {
+    super(`${file}: ${field} ${message}`, options);
+    this.field = field;
+  }
+}
+
 /** The file is valid, but Lutra cannot run this model. */
 export class UnsupportedModelError extends ModelError {
   override readonly name = "UnsupportedModelError";

@@ -37,6 +37,8 @@ export interface GgufFile {
   readonly tensors: ReadonlyMap<string, TensorInfo>;
   /** Where the tensors' data begins. */
   readonly dataOffset: number;
+  /** Rotary pairs are a head's two halves whatever the architecture's GGUFs have, as in safetensors. */
+  readonly rotaryHalves?: true;
 }
 
 const MAX_DIMS = 4;

@@ -5,15 +5,17 @@ import type { ModelDescription } from "./description.ts";
 import { TokenizerError } from "./errors.ts";
 import { readGguf } from "./gguf.ts";
 import type { GgufFile } from "./gguf.ts";
+import { isModelFolder, readModelFolder } from "./hugging_face.ts";
 import { Metadata } from "./metadata.ts";
 import { StreamDecoder } from "./stream_decoder.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 import { tokenizerOf } from "./vocabulary.ts";
 
-/** A model file with all that can be known without its weights. */
+/** A model with all that can be known without its weights. */
 export interface LoadedModel {
+  /** The file with the weights. */
   readonly path: string;
-  /** The file's name without its ending. */
+  /** The name of the file, without its ending, or folder. */
   readonly id: string;
   readonly gguf: GgufFile;
   readonly description: ModelDescription;
@@ -56,18 +58,19 @@ class MissingTokenizer implements Tokenizer {
 }
 
 /**
- * Reads a model file: everything but its weights.
+ * Reads a model, a GGUF file or a folder with safetensors: everything but its weights.
  *
  * @throws {GgufError} when it is no valid GGUF.
  * @throws {UnsupportedModelError} when Lutra cannot run it.
  */
 export function loadModel(path: string): Promise<LoadedModel> {
   return Promise.resolve().then(() => {
-    const gguf = readGguf(path);
+    const folder = isModelFolder(path) ? readModelFolder(path) : undefined;
+    const gguf = folder?.gguf ?? readGguf(path);
     const description = describeModel(gguf);
     let tokenizer: Tokenizer;
     try {
-      tokenizer = tokenizerOf(gguf);
+      tokenizer = folder?.tokenizer ?? tokenizerOf(gguf);
     } catch (error) {
       if (!(error instanceof TokenizerError) || gguf.metadata.has("tokenizer.ggml.tokens")) throw error;
       tokenizer = new MissingTokenizer(description.hyper.vocab, error);
@@ -79,6 +82,14 @@ export function loadModel(path: string): Promise<LoadedModel> {
       eos: token([...tokenizer.eosIds][0]),
     });
     const { warnings } = tokenizer;
-    return { path, id: basename(path).replace(/\.gguf$/, ""), gguf, description, tokenizer, chatTemplate, warnings };
+    return {
+      path: gguf.path,
+      id: basename(path).replace(/\.gguf$/, ""),
+      gguf,
+      description,
+      tokenizer,
+      chatTemplate,
+      warnings,
+    };
   });
 }

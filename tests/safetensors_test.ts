@@ -1,0 +1,102 @@
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { loadModel, SafetensorsError, TokenizerError, UnsupportedModelError } from "../model/mod.ts";
+import { argmax, maxDifference, startCluster } from "./cluster.ts";
+import { fixture } from "./data.ts";
+import { writeModelFolder, writeSafetensors } from "./safetensors_writer.ts";
+
+interface Golden {
+  file: string;
+  tokens: number[];
+  logits: string;
+  shape: [number, number];
+  tolerance: number;
+}
+const goldens: Golden[] = JSON.parse(Deno.readTextFileSync(fixture("goldens.json")));
+
+async function withFolder(use: (folder: string) => Promise<void>): Promise<void> {
+  const folder = await Deno.makeTempDir({ prefix: "lutra-folder-" });
+  try {
+    await use(folder);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+for (const type of ["f32", "f16", "bf16"]) {
+  const golden = goldens.find(({ file }) => file === `llama-tiny-${type}.gguf`)!;
+  Deno.test(`safetensors ${type}: a folder gives transformers' logits, on one shard and on two`, () =>
+    withFolder(async (folder) => {
+      writeModelFolder(golden.file, folder);
+      const expected = new Float32Array(Deno.readFileSync(fixture(golden.logits)).buffer);
+      const [positions, vocab] = golden.shape;
+      for (const shards of [1, 2]) {
+        await using cluster = await startCluster(folder, { kvType: "f32", shards });
+        const logits = await cluster.engine.logits(golden.tokens);
+        const difference = maxDifference(logits, expected);
+        assert.ok(difference <= golden.tolerance, `logits differ by ${difference}, more than ${golden.tolerance}`);
+        for (let i = 0; i < positions; i++) assert.equal(argmax(logits, i, vocab), argmax(expected, i, vocab));
+      }
+    }));
+}
+
+Deno.test("loadModel: a folder's tokenizer, template and end tokens are read", () =>
+  withFolder(async (folder) => {
+    writeModelFolder("llama-tiny-f32.gguf", folder);
+    Deno.writeTextFileSync(
+      join(folder, "tokenizer_config.json"),
+      JSON.stringify({
+        bos_token: { content: "<s>" },
+        eos_token: "</s>",
+        chat_template: "{{ bos_token }}{{ messages[0].content }}",
+      }),
+    );
+    Deno.writeTextFileSync(join(folder, "generation_config.json"), JSON.stringify({ eos_token_id: [2, 5] }));
+    const model = await loadModel(folder);
+    assert.equal(model.chatTemplate.render([{ role: "user", content: "Hi" }]), "<s>Hi");
+    assert.deepEqual([...model.tokenizer.eosIds].sort(), [2, 5]);
+    assert.equal(model.path, join(folder, "model.safetensors"));
+    assert.equal(model.tokenizer.encode("Hi")[0], 1);
+  }));
+
+Deno.test("loadModel: a folder that cannot be run says which part is wrong", () =>
+  withFolder(async (folder) => {
+    const refused = (type: abstract new (...args: never[]) => Error, message: RegExp) =>
+      assert.rejects(loadModel(folder), (error) => {
+        assert.ok(error instanceof type, String(error));
+        assert.match(error.message, message);
+        return true;
+      });
+    await refused(UnsupportedModelError, /has no config\.json/);
+    const write = (config: object) =>
+      writeModelFolder("llama-tiny-f32.gguf", folder, config as Record<string, unknown>);
+    for (
+      const [config, message] of [
+        [{ model_type: "otter" }, /"otter" is not supported in safetensors; there are llama/],
+        [{ hidden_size: "64" }, /hidden_size is wrong/],
+        [{ quantization_config: { quant_method: "gptq", bits: 4 } }, /quantised by gptq/],
+        [{ rope_scaling: { rope_type: "llama3", factor: 8 } }, /rope scaling llama3/],
+        [{ sliding_window: 16 }, /sliding_window is 16/],
+        [{ hidden_act: "gelu" }, /hidden_act is gelu/],
+        [{ num_hidden_layers: 4 }, /not understood/],
+        [{ num_hidden_layers: 6 }, /blk\.5\.attn_norm\.weight is missing/],
+      ] as const
+    ) {
+      write(config);
+      await refused(UnsupportedModelError, message);
+    }
+    write({});
+    Deno.removeSync(join(folder, "tokenizer.json"));
+    await refused(TokenizerError, /has no tokenizer\.json/);
+    write({});
+    Deno.writeTextFileSync(join(folder, "config.json"), "{");
+    await refused(UnsupportedModelError, /is no JSON/);
+    write({});
+    Deno.writeFileSync(join(folder, "model.safetensors"), new Uint8Array(20));
+    await refused(SafetensorsError, /header is no JSON/);
+    Deno.writeFileSync(
+      join(folder, "model.safetensors"),
+      writeSafetensors({ "model.norm.weight": { dtype: "I64", shape: [1], data: new Uint8Array(8) } }),
+    );
+    await refused(UnsupportedModelError, /model\.norm\.weight has type I64/);
+  }));
