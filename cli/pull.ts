@@ -9,13 +9,17 @@ import { cacheFolder, parseReference, referenceText } from "./hub/reference.ts";
 export function addPull(program: Command): void {
   program.command("pull")
     .description("fetch a model from Hugging Face, or a hub like it (HF_ENDPOINT, HF_TOKEN and HTTPS_PROXY are heeded)")
-    .argument("<model>", "hf:org/repo[@revision][:file]; without a file, the repository's only GGUF")
+    .argument(
+      "<model>",
+      "hf:org/repo[@revision][:file]; without a file, the repository's only GGUF, or its safetensors",
+    )
     .action(async (text: string) => {
       const hub = new HubClient();
-      const reference = await hub.choose(parseReference(text));
-      const line = new ProgressLine();
-      const path = await hub.pull(reference, cacheFolder(), line.show).finally(() => line.end());
-      console.log(`${referenceText(reference)} is at ${path}`);
+      for (const reference of await hub.choose(parseReference(text))) {
+        const line = new ProgressLine();
+        const path = await hub.pull(reference, cacheFolder(), line.show).finally(() => line.end());
+        console.log(`${referenceText(reference)} is at ${path}`);
+      }
     });
 }
 

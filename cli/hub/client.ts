@@ -13,7 +13,7 @@ import { dirname, join } from "node:path";
 import { z } from "zod";
 import { bytes } from "../inspect.ts";
 import { HubError } from "./errors.ts";
-import { referenceText, repoFolder } from "./reference.ts";
+import { FOLDER_WEIGHTS, referenceText, repoFolder } from "./reference.ts";
 import type { HubReference } from "./reference.ts";
 
 const DEFAULT_ENDPOINT = "https://huggingface.co";
@@ -21,6 +21,12 @@ const MAX_REDIRECTS = 5;
 const MAX_LISTED = 100_000;
 /** Attempts in a row that bring no byte before giving up. */
 const MAX_FRUITLESS = 5;
+
+/** What a folder with safetensors is made of; the weights come last, so that they are there only when all is. */
+const FOLDER_FILES: readonly string[] = [
+  ...["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
+  FOLDER_WEIGHTS,
+];
 
 /** Options of {@linkcode HubClient}. */
 export interface HubOptions {
@@ -91,21 +97,29 @@ export class HubClient {
   }
 
   /**
-   * The reference with its file: the one that it names, or else the repository's only GGUF.
+   * The files to fetch: the one that the reference names, or else the repository's only GGUF, or else its safetensors with what
+   * belongs to them, the weights last.
    *
-   * @throws {HubError} listing those there are.
+   * @throws {HubError} listing those there are, when it is not clear.
    */
-  async choose(reference: HubReference): Promise<HubReference & { file: string }> {
-    if (reference.file !== undefined) return { ...reference, file: reference.file };
-    const models = (await this.files(reference)).filter(({ path }) => path.endsWith(".gguf"));
-    const [only] = models;
-    if (only === undefined) throw new HubError(`${referenceText(reference)} has no GGUF file`);
+  async choose(reference: HubReference): Promise<(HubReference & { file: string })[]> {
+    if (reference.file !== undefined) return [{ ...reference, file: reference.file }];
+    const files = await this.files(reference);
+    const models = files.filter(({ path }) => path.endsWith(".gguf"));
     if (models.length > 1) {
       throw new HubError(
         `${referenceText(reference)} has several GGUF files; choose one:\n${listed(models, reference)}`,
       );
     }
-    return { ...reference, file: only.path };
+    const [only] = models;
+    if (only !== undefined) return [{ ...reference, file: only.path }];
+    const there = FOLDER_FILES.filter((name) => files.some(({ path }) => path === name));
+    if (!there.includes(FOLDER_WEIGHTS) || !there.includes("config.json")) {
+      throw new HubError(
+        `${referenceText(reference)} has neither a GGUF file nor ${FOLDER_WEIGHTS} with its config.json`,
+      );
+    }
+    return there.map((file) => ({ ...reference, file }));
   }
 
   /**

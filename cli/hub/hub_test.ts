@@ -144,7 +144,9 @@ async function withHub(
   try {
     await use(hub, cache, async (text, options = {}) => {
       const client = new HubClient({ endpoint: hub.endpoint, token: undefined, delay: () => 1, ...options });
-      return await client.pull(await client.choose(parseReference(text)), cache);
+      let path = "";
+      for (const reference of await client.choose(parseReference(text))) path = await client.pull(reference, cache);
+      return path;
     });
   } finally {
     await hub.close();
@@ -232,7 +234,29 @@ Deno.test("pull: what is not there is named, with what may have been meant", () 
     hub.files.delete("tiny.Q4_0.gguf");
     assert.match(await pull("hf:otters/tiny"), /tiny\.Q8_0\.gguf$/);
     hub.files.delete("sub dir/tiny.Q8_0.gguf");
-    await assert.rejects(pull("hf:otters/tiny"), says(/no GGUF file/));
+    await assert.rejects(pull("hf:otters/tiny"), says(/neither a GGUF file nor/));
+  }));
+
+Deno.test("pull: safetensors come with what belongs to them, and are no model before all is there", () =>
+  withHub(async (hub, cache, pull) => {
+    hub.files.clear();
+    for (
+      const [name, size] of [["config.json", 90], ["tokenizer.json", 800], ["pytorch_model.bin", 9], [
+        "a.png",
+        9,
+      ]] as const
+    ) {
+      hub.files.set(name, { data: content(size, 5), large: false });
+    }
+    hub.files.set("model.safetensors", { data: content(50_000, 6), large: true });
+    hub.mischief = { cuts: [100, 0, 0, 0, 0, 0, 0] };
+    await assert.rejects(pull("hf:otters/tiny"), says(/cannot be reached/));
+    assert.throws(() => modelPath("hf:otters/tiny", () => cache), says(/is not here yet/));
+    hub.mischief = {};
+    const folder = join(await pull("hf:otters/tiny"), "..");
+    assert.equal(modelPath("hf:otters/tiny", () => cache), folder);
+    const names = [...Deno.readDirSync(folder)].map(({ name }) => name).sort();
+    assert.deepEqual(names, ["config.json", "model.safetensors", "tokenizer.json"]);
   }));
 
 Deno.test({

@@ -7,9 +7,12 @@ export interface HubReference {
   readonly repo: string;
   /** A branch, tag or commit. */
   readonly revision: string;
-  /** A path in the repository; none: its only GGUF file. */
+  /** A path in the repository; none: its only GGUF file, or its safetensors. */
   readonly file?: string;
 }
+
+/** The weights of a folder with safetensors. */
+export const FOLDER_WEIGHTS = "model.safetensors";
 
 /** Whether a command line's model is one on a hub. */
 export function isHubReference(text: string): boolean {
@@ -57,7 +60,7 @@ export function repoFolder(reference: HubReference, cache: string): string {
 }
 
 /**
- * The path of a command line's model: itself, or the file that `pull` has fetched for a hub's.
+ * The path of a command line's model: itself, or the file or folder that `pull` has fetched for a hub's.
  *
  * @throws {HubError} when it has not been fetched.
  */
@@ -71,11 +74,16 @@ export function modelPath(text: string, cache: () => string = cacheFolder): stri
       `${text} has several files here: ${files.map((file) => referenceText({ ...reference, file })).join(", ")}`,
     );
   }
+  if (reference.file === undefined && files.length === 0 && isFile(join(folder, FOLDER_WEIGHTS))) return folder;
   const path = files[0] === undefined ? undefined : join(folder, files[0]);
-  if (path === undefined || statSync(path, { throwIfNoEntry: false })?.isFile() !== true) {
+  if (path === undefined || !isFile(path)) {
     throw new HubError(`${text} is not here yet: fetch it with \`pull ${text}\` first`);
   }
   return path;
+}
+
+function isFile(path: string): boolean {
+  return statSync(path, { throwIfNoEntry: false })?.isFile() === true;
 }
 
 function ggufFiles(folder: string): string[] {
