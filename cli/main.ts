@@ -17,6 +17,8 @@ import { addInspect } from "./inspect.ts";
 import { addPull } from "./pull.ts";
 import { addRun } from "./run.ts";
 import { addServe } from "./serve.ts";
+import { addStatus } from "./status.ts";
+import { addWorker } from "./worker.ts";
 
 /** The command line's grammar. */
 export function createProgram(): Command {
@@ -28,6 +30,8 @@ export function createProgram(): Command {
     .exitOverride();
   addRun(program);
   addServe(program);
+  addWorker(program);
+  addStatus(program);
   addPull(program);
   addInspect(program);
   addBench(program);

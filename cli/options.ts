@@ -56,7 +56,7 @@ const CACHE_BYTES = 16e9;
  * The cache of packed weights: in the folder that the environment names (`LUTRA_CACHE`, `XDG_CACHE_HOME`), of at most
  * `LUTRA_CACHE_GB` × 10⁹ bytes.
  */
-function cacheChoice(): { maxBytes: number } {
+export function cacheChoice(): { maxBytes: number } {
   const text = Deno.env.get("LUTRA_CACHE_GB") ?? "";
   const gigabytes = Number(text);
   if (!(gigabytes >= 0 && gigabytes <= 1e6)) {

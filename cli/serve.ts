@@ -3,10 +3,20 @@ import { createApp, createLoadingApp } from "../orchestrator/api/mod.ts";
 import { LoadingLine } from "./loading.ts";
 import { startLocalCluster } from "./local_cluster.ts";
 import type { LocalCluster } from "./local_cluster.ts";
-import { clusterOptions, integer, withClusterOptions } from "./options.ts";
+import type { NatsCluster } from "./nats_cluster.ts";
+import { openNatsCluster } from "./nats_cluster.ts";
+import { natsAddress, withNatsOptions } from "./nats_options.ts";
+import type { NatsFlags } from "./nats_options.ts";
+import { clusterOptions, integer, number, withClusterOptions } from "./options.ts";
 import type { ClusterFlags } from "./options.ts";
 
-interface ServeFlags extends ClusterFlags {
+interface ServeFlags extends ClusterFlags, NatsFlags {
+  workers: number;
+  recovery: number;
+  /** False: `--no-worker`. */
+  worker?: boolean;
+  natsHost?: string;
+  natsPort: number;
   host: string;
   port: number;
   apiKey?: string;
@@ -24,7 +34,19 @@ export function addServe(program: Command): void {
     .option("--api-key <key>", "ask clients for this key (or set LUTRA_API_KEY)")
     .option("--cors", "let web pages of other origins ask")
     .option("--kv-tokens <n>", "tokens that the KV cache holds over all requests", integer(2));
-  withClusterOptions(command).action(async (path: string, flags: ServeFlags) => {
+  withNatsOptions(
+    withClusterOptions(command),
+    "serve with the workers on this NATS server; `embedded` starts one",
+  )
+    .option(
+      "--nats-host <address>",
+      "address that an embedded NATS server listens on (default: all with a token, else 127.0.0.1)",
+    )
+    .option("--nats-port <n>", "port that an embedded NATS server listens on", integer(0), 4222)
+    .option("--workers <n>", "workers to wait for before the model is placed", integer(1), 1)
+    .option("--recovery <seconds>", "how long requests wait for a lost worker to be replaced", number(0, 3600), 10)
+    .option("--no-worker", "do not compute on this device, with --nats");
+  command.action(async (path: string, flags: ServeFlags) => {
     const apiKey = flags.apiKey ?? Deno.env.get("LUTRA_API_KEY");
     // The port is open at once, so that clients and probes learn how far loading is.
     let loaded = 0;
@@ -38,7 +60,7 @@ export function addServe(program: Command): void {
       await server.shutdown();
       throw error;
     });
-    const { engine, threads } = cluster;
+    const { engine } = cluster;
     if (engine.model.chatTemplate.isFallback) {
       console.error("warning: the model has no chat template; turns are written as `User: …` and `Assistant: …` lines");
     }
@@ -50,8 +72,10 @@ export function addServe(program: Command): void {
     }).fetch;
     const { hostname, port } = await listening.promise;
     const shown = hostname === "0.0.0.0" ? "127.0.0.1" : hostname.includes(":") ? `[${hostname}]` : hostname;
-    const stages = engine.stats().stages.length;
-    console.log(`${engine.model.id} on http://${shown}:${port} (API under /v1, ${stages} × ${threads} threads)`);
+    const where = "threads" in cluster
+      ? `${engine.stats().stages.length} × ${cluster.threads} threads`
+      : `cluster ${flags.cluster}`;
+    console.log(`${engine.model.id} on http://${shown}:${port} (API under /v1, ${where})`);
     let stopping = false;
     const end = () => {
       // The first signal: no new requests, running ones are answered. The second: at once.
@@ -67,14 +91,27 @@ export function addServe(program: Command): void {
   });
 }
 
-async function load(path: string, flags: ServeFlags, onLoading: (fraction: number) => void): Promise<LocalCluster> {
+async function load(
+  path: string,
+  flags: ServeFlags,
+  onLoading: (fraction: number) => void,
+): Promise<LocalCluster | NatsCluster> {
   using line = new LoadingLine();
-  return await startLocalCluster(path, {
+  const options = {
     ...clusterOptions(flags),
     ...(flags.kvTokens === undefined ? {} : { kvTokens: flags.kvTokens }),
-    onLoading: (fraction) => {
+    onLoading: (fraction: number) => {
       onLoading(fraction);
       line.show(fraction);
     },
+  };
+  const address = natsAddress(flags);
+  if (address === undefined) return await startLocalCluster(path, options);
+  const { natsHost, natsPort, workers, worker = true } = flags;
+  return await openNatsCluster(path, {
+    ...options,
+    recoveryTimeoutMs: 1000 * flags.recovery,
+    ...{ flags, address, natsPort, workers, worker },
+    ...(natsHost === undefined ? {} : { natsHost }),
   });
 }

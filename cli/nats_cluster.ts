@@ -1,0 +1,89 @@
+import { NatsBus, NatsServer } from "../bus/mod.ts";
+import { loadModel } from "../model/mod.ts";
+import { Engine } from "../orchestrator/mod.ts";
+import type { Worker } from "../worker/mod.ts";
+import { modelPath } from "./hub/reference.ts";
+import { EMBEDDED, LOST_MS, natsOptions } from "./nats_options.ts";
+import type { NatsFlags } from "./nats_options.ts";
+import type { LocalClusterOptions } from "./local_cluster.ts";
+import { startWorker } from "./worker.ts";
+
+/** Options of {@linkcode openNatsCluster}. */
+export interface NatsClusterOptions extends LocalClusterOptions {
+  flags: NatsFlags;
+  /** The server's address, or `embedded`. */
+  address: string;
+  /** Address of an embedded server. Default: all with a token, else this machine's own: nobody else is let in unasked. */
+  natsHost?: string;
+  /** Its port. */
+  natsPort: number;
+  /** Workers to wait for. */
+  workers: number;
+  /** Compute on this device too. */
+  worker: boolean;
+}
+
+/** The orchestrator's side of a cluster. */
+export interface NatsCluster extends AsyncDisposable {
+  readonly engine: Engine;
+  close(): Promise<void>;
+}
+
+/**
+ * Connects to a NATS server, or starts one, and opens an engine over the workers that are or come there. It does not wait for
+ * them: see {@linkcode Engine.ready}.
+ */
+export async function openNatsCluster(path: string, options: NatsClusterOptions): Promise<NatsCluster> {
+  const { flags, address, natsHost, natsPort, workers, worker: own, threads, isa, cache, ...rest } = options;
+  const model = await loadModel(modelPath(path));
+  for (const warning of model.warnings) console.error(`warning: ${warning}`);
+  const ends: (() => Promise<unknown>)[] = [];
+  const close = async () => {
+    for (const end of ends.splice(0).reverse()) await end();
+  };
+  try {
+    let servers = address;
+    if (address === EMBEDDED) {
+      const token = flags.natsToken ?? Deno.env.get("LUTRA_NATS_TOKEN") ?? "";
+      const host = natsHost ?? (token === "" ? "127.0.0.1" : "0.0.0.0");
+      if (host === "127.0.0.1") console.error("other devices are let in with --nats-token, or by --nats-host");
+      const server = await NatsServer.start({
+        host,
+        port: natsPort,
+        ...(token === "" ? {} : { token }),
+      });
+      ends.push(() => server.stop());
+      servers = server.url;
+      console.error(`NATS server on ${host}:${server.port}`);
+    }
+    const bus = await NatsBus.connect({ ...natsOptions(flags, servers), name: "lutra-orchestrator", wait: true });
+    ends.push(() => bus.close());
+    let worker: Worker | undefined;
+    if (own) {
+      worker = await startWorker(bus, {
+        cluster: flags.cluster,
+        ...(threads === undefined ? {} : { threads }),
+        ...(isa === undefined ? {} : { isa }),
+        cache: cache !== null,
+      }, (error) => console.error(error.message));
+      ends.push(() => worker!.close());
+    }
+    const engine = await Engine.open({
+      bus,
+      model,
+      cluster: flags.cluster,
+      workers,
+      workerTimeoutMs: Infinity,
+      patient: true,
+      lostMs: LOST_MS,
+      unload: false, // who serves next may want them
+      log: (message) => console.error(message),
+      ...rest,
+    });
+    ends.push(() => engine.close());
+    return { engine, close, [Symbol.asyncDispose]: close };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}

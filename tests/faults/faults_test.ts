@@ -1,0 +1,132 @@
+import assert from "node:assert/strict";
+import { loadKernels } from "../../worker/mod.ts";
+import { repoPath } from "../data.ts";
+import { nats } from "../nats.ts";
+import { MODEL } from "./harness.ts";
+import { runFaults } from "./matrix.ts";
+
+// Never closed, hence opened before any test: it is no test's leak.
+loadKernels();
+
+Deno.test({
+  name: "faults: whatever breaks in the midst of answers, no token is lost, repeated or changed",
+  ignore: nats.absent,
+  async fn() {
+    let rows = 0;
+    for await (const { fault, lost, repeated, changed, recover_ms } of runFaults(1)) {
+      assert.deepEqual({ lost, repeated, changed }, { lost: 0, repeated: 0, changed: 0 }, fault);
+      assert(recover_ms !== null, `${fault}: nothing was noticed, so that the test shows nothing`);
+      rows++;
+    }
+    assert(rows >= 8, `${rows} faults`);
+  },
+});
+
+/** A command of Lutra's as a process. */
+function lutra(permissions: string, ...args: string[]) {
+  const child = new Deno.Command(Deno.execPath(), {
+    args: ["run", "-q", `-P=${permissions}`, repoPath("mod.ts"), ...args],
+    cwd: repoPath(),
+    stdin: "null",
+    stdout: "piped",
+    stderr: "null",
+    env: { NO_COLOR: "1" },
+  }).spawn();
+  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  return {
+    child,
+    /** Reads until `pattern` matches, and returns the match. */
+    async until(pattern: RegExp): Promise<RegExpExecArray> {
+      for (;;) {
+        const found = pattern.exec(text);
+        if (found !== null) return found;
+        const { value, done } = await reader.read();
+        assert(!done, `it ended: ${text}`);
+        text += value;
+      }
+    },
+    async end(signal: Deno.Signal): Promise<{ code: number; text: string }> {
+      try {
+        child.kill(signal);
+      } catch { /* it has ended */ }
+      for (let next = await reader.read(); !next.done; next = await reader.read()) text += next.value;
+      return { code: (await child.status).code, text };
+    },
+  };
+}
+
+Deno.test({
+  name: "serve and worker: they find each other in any order, outlive each other's ends, and say what is missing",
+  ignore: nats.absent,
+  async fn() {
+    await using server = await nats.start({ token: "s3cret" });
+    const flags = ["--nats", server.url];
+    const serve = () =>
+      lutra("serve", "serve", MODEL, ...flags, "--no-worker", "--port", "0", "--recovery", "1", "--context", "256");
+    const ask = async (url: string) => {
+      const body = JSON.stringify({ prompt: "Once upon a time", max_tokens: 30, seed: 3, ignore_eos: true });
+      const response = await fetch(`${url}/v1/completions`, { method: "POST", body });
+      return { status: response.status, retry: response.headers.get("retry-after"), body: await response.json() };
+    };
+    const health = async (url: string, status: number) => {
+      for (let i = 0;; i++) {
+        const response = await fetch(`${url}/healthz`);
+        const body = await response.json();
+        if (response.status === status) return body;
+        assert(i < 600, `healthz stays ${response.status}: ${JSON.stringify(body)}`);
+        await new Promise((resolve) => setTimeout(resolve, 50));
+      }
+    };
+    const processes: ReturnType<typeof lutra>[] = [];
+    const start = (process: ReturnType<typeof lutra>) => {
+      processes.push(process);
+      return process;
+    };
+    try {
+      let orchestrator = start(serve());
+      let url = (await orchestrator.until(/http:\/\/127\.0\.0\.1:\d+/))[0];
+      const early = await ask(url);
+      assert.equal(early.status, 503);
+      assert(Number(early.retry) > 0);
+      assert.match(early.body.error.message, /waiting for workers/);
+
+      const device = start(lutra("worker", "worker", ...flags, "--id", "board", "--bandwidth", "10", "--no-cache"));
+      await device.until(/worker board is ready/);
+      await health(url, 200);
+      const first = await ask(url);
+      assert.equal(first.status, 200, JSON.stringify(first.body));
+      const status = await lutra("worker", "status", "--json", ...flags).until(/\{.*\}\n/);
+      assert.deepEqual(JSON.parse(status[0]).workers.map((w: { id: string; layers: unknown }) => [w.id, w.layers]), [
+        ["board", [[0, 6]]],
+      ]);
+
+      // Killed without a word, it comes back and finds the worker.
+      await orchestrator.end("SIGKILL");
+      orchestrator = start(serve());
+      url = (await orchestrator.until(/http:\/\/127\.0\.0\.1:\d+/))[0];
+      await health(url, 200);
+      const again = await ask(url);
+      assert.equal(again.body.choices[0].text, first.body.choices[0].text);
+
+      // A second orchestrator is refused.
+      const second = start(serve());
+      assert.equal((await second.child.status).code, 1);
+
+      // The last worker is lost: requests are told so, and do not hang.
+      await device.end("SIGKILL");
+      await health(url, 503);
+      const late = await ask(url);
+      assert.equal(late.status, 503);
+      assert.match(late.body.error.message, /there are no workers/);
+
+      const back = start(lutra("worker", "worker", ...flags, "--id", "board", "--bandwidth", "10", "--no-cache"));
+      await health(url, 200);
+      assert.equal((await ask(url)).body.choices[0].text, first.body.choices[0].text);
+      assert.equal((await orchestrator.end("SIGTERM")).code, 0);
+      assert.equal((await back.end("SIGTERM")).code, 0);
+    } finally {
+      for (const process of processes) await process.end("SIGKILL").catch(() => {});
+    }
+  },
+});

@@ -1,0 +1,189 @@
+/**
+ * A cluster of processes to break: a real nats-server, workers started as a user starts them, each in a network namespace of its own
+ * (veth, 1 Gbit/s by tbf) where root and iproute2 allow it, and an engine in this process. Everything started here ends with it.
+ *
+ * @module
+ */
+import { NatsBus } from "../../bus/mod.ts";
+import type { NatsServer } from "../../bus/mod.ts";
+import { loadModel } from "../../model/mod.ts";
+import { Engine } from "../../orchestrator/mod.ts";
+import type { EngineOptions } from "../../orchestrator/mod.ts";
+import { repoPath } from "../data.ts";
+import { nats } from "../nats.ts";
+
+/** The bundled model. */
+export const MODEL = repoPath("models", "lutra-books-6M-TQ2_0.gguf");
+
+async function tool(command: string, ...args: string[]): Promise<void> {
+  const { success, stderr } = await new Deno.Command(command, { args }).output();
+  if (!success) throw new Error(`${command} ${args.join(" ")}: ${new TextDecoder().decode(stderr).trim()}`);
+}
+
+/** A device's link: a pair of veth between this namespace and one of its own. */
+class Link implements AsyncDisposable {
+  /** Where the device reaches this side. */
+  readonly host: string;
+  readonly namespace: string;
+  readonly #outer: string;
+  readonly #inner: string;
+
+  private constructor(index: number) {
+    const tag = `${Deno.pid % 100_000}x${index}`;
+    this.namespace = `lutra-${tag}`;
+    this.#outer = `lt${tag}`;
+    const third = (Deno.pid + index) % 250;
+    this.host = `10.231.${third}.1`;
+    this.#inner = `10.231.${third}.2`;
+  }
+
+  /** `undefined` where this user may not make one. */
+  static async create(index: number): Promise<Link | undefined> {
+    if (Deno.build.os !== "linux" || Deno.uid() !== 0) return undefined;
+    const link = new Link(index);
+    try {
+      await tool("ip", "netns", "add", link.namespace);
+      await tool("ip", "link", "add", link.#outer, "type", "veth", "peer", "name", "eth0", "netns", link.namespace);
+      await tool("ip", "addr", "add", `${link.host}/30`, "dev", link.#outer);
+      await tool("ip", "link", "set", link.#outer, "up");
+      await tool("ip", "-n", link.namespace, "addr", "add", `${link.#inner}/30`, "dev", "eth0");
+      await tool("ip", "-n", link.namespace, "link", "set", "eth0", "up");
+      await tool("ip", "-n", link.namespace, "link", "set", "lo", "up");
+      const shape = ["root", "tbf", "rate", "1gbit", "burst", "128k", "latency", "50ms"];
+      await tool("tc", "qdisc", "add", "dev", link.#outer, ...shape);
+      await tool("tc", "-n", link.namespace, "qdisc", "add", "dev", "eth0", ...shape);
+      return link;
+    } catch {
+      await link[Symbol.asyncDispose]();
+      return undefined;
+    }
+  }
+
+  /** Pulls the cable, or plugs it in again: no FIN, no RST. */
+  async set(state: "up" | "down"): Promise<void> {
+    await tool("ip", "link", "set", this.#outer, state);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await tool("ip", "netns", "del", this.namespace).catch(() => {}); // the pair goes with it
+  }
+}
+
+/** A worker's process. */
+export class Device {
+  readonly id: string;
+  readonly link: Link | undefined;
+  readonly #port: number;
+  #child: Deno.ChildProcess | undefined;
+
+  constructor(id: string, link: Link | undefined, port: number) {
+    this.id = id;
+    this.link = link;
+    this.#port = port;
+  }
+
+  /** Starts it, or starts it again under the same name. */
+  start(): void {
+    const url = `nats://${this.link?.host ?? "127.0.0.1"}:${this.#port}`;
+    const flags = ["--id", this.id, "--threads", "1", "--bandwidth", "10", "--memory", "1", "--no-cache"];
+    const run = ["run", "-q", "-P=worker", repoPath("mod.ts"), "worker", "--nats", url, ...flags, "--drain", "5"];
+    const [command, args] = this.link === undefined
+      ? [Deno.execPath(), run]
+      : ["ip", ["netns", "exec", this.link.namespace, Deno.execPath(), ...run]];
+    this.#child = new Deno.Command(command!, {
+      args: args as string[],
+      cwd: repoPath(),
+      stdin: "null",
+      stdout: "null",
+      stderr: Deno.env.has("LUTRA_FAULTS_LOG") ? "inherit" : "null",
+    }).spawn();
+  }
+
+  /** `ip netns exec` becomes the worker, so that the child's number is the worker's. */
+  kill(signal: Deno.Signal): void {
+    try {
+      this.#child?.kill(signal);
+    } catch { /* it has ended */ }
+  }
+
+  /** Resolves with its exit code. */
+  async ended(): Promise<number> {
+    return (await this.#child!.status).code;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.kill("SIGKILL"); // ends a stopped process too
+    await this.#child?.status;
+    await this.link?.[Symbol.asyncDispose]();
+  }
+}
+
+/** What a cluster is made of. */
+export class FaultCluster implements AsyncDisposable {
+  server: NatsServer;
+  readonly devices: Device[] = [];
+  bus!: NatsBus;
+  engine!: Engine;
+  /** What the deployment told, with the time. */
+  readonly events: { at: number; text: string }[] = [];
+
+  private constructor(server: NatsServer) {
+    this.server = server;
+  }
+
+  static async start(count: number, options: Partial<EngineOptions> = {}): Promise<FaultCluster> {
+    const cluster = new FaultCluster(await nats.start({ host: "0.0.0.0" }));
+    try {
+      for (let i = 0; i < count; i++) {
+        const device = new Device(`w${i}`, await Link.create(i), cluster.server.port);
+        cluster.devices.push(device);
+        device.start();
+      }
+      await cluster.open({ workers: count, ...options });
+      return cluster;
+    } catch (error) {
+      await cluster[Symbol.asyncDispose]();
+      throw error;
+    }
+  }
+
+  /** Opens the orchestrator's side. */
+  async open(options: Partial<EngineOptions> = {}): Promise<void> {
+    this.bus = await NatsBus.connect({ servers: `127.0.0.1:${this.server.port}`, onError: () => {} });
+    this.engine = await Engine.start({
+      bus: this.bus,
+      model: await loadModel(MODEL),
+      cluster: "lutra",
+      shards: 2,
+      context: 512,
+      kvTokens: 4096,
+      workerTimeoutMs: 60_000,
+      lostMs: 1600,
+      recoveryTimeoutMs: 20_000,
+      unload: false,
+      log: (text) => {
+        this.events.push({ at: performance.now(), text });
+        if (Deno.env.has("LUTRA_FAULTS_LOG")) console.error(text);
+      },
+      ...options,
+    });
+  }
+
+  /** Ends the orchestrator's side without a word to the workers. */
+  async shut(): Promise<void> {
+    await this.engine?.close();
+    await this.bus?.close();
+  }
+
+  /** The device that holds a stage. */
+  holder(stage: number): Device {
+    const { worker } = this.engine.stats().stages[stage]!;
+    return this.devices.find((device) => device.id === worker)!;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.shut();
+    for (const device of this.devices) await device[Symbol.asyncDispose]();
+    await this.server.stop();
+  }
+}

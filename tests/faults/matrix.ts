@@ -1,0 +1,173 @@
+/**
+ * The fault matrix: what is broken in the midst of answers, and what it costs. Tokens are compared with those of one process.
+ *
+ * @module
+ */
+import { startLocalCluster } from "../../cli/local_cluster.ts";
+import type { Engine, GenerateRequest } from "../../orchestrator/mod.ts";
+import { nats } from "../nats.ts";
+import { FaultCluster, MODEL } from "./harness.ts";
+
+/** Sums over the runs of one fault. */
+export interface FaultRow {
+  fault: string;
+  runs: number;
+  /** Tokens that never came, came once more than they should, or are others than those of one process. */
+  lost: number;
+  repeated: number;
+  changed: number;
+  /** The slowest detection and recovery, in milliseconds; `null` when nothing had to be noticed. */
+  detect_ms: number | null;
+  recover_ms: number | null;
+}
+
+const STREAMS = 4;
+const TOKENS = 160;
+
+function requests(promptTokens: number): GenerateRequest[] {
+  return Array.from({ length: STREAMS }, (_, n) => ({
+    promptTokens: Array.from({ length: promptTokens }, (_, i) => 10 + (i * 37 + n * 101) % 900),
+    maxTokens: TOKENS,
+    ignoreEos: true,
+    sampling: n % 2 === 0 ? { temperature: 0 } : { temperature: 1, seed: BigInt(n) },
+  }));
+}
+
+async function tokens(engine: Engine, request: GenerateRequest, onToken: () => void = () => {}): Promise<number[]> {
+  const ids: number[] = [];
+  for await (const event of engine.generate(request)) {
+    if (event.type !== "token") continue;
+    ids.push(event.id);
+    onToken();
+  }
+  return ids;
+}
+
+interface Fault {
+  /** Breaks something. */
+  act(cluster: FaultCluster): Promise<void> | void;
+  /** Makes it whole again for the next run. */
+  mend?(cluster: FaultCluster): Promise<void> | void;
+  /** Breaks before the first token, while a long prompt is computed. */
+  prefill?: boolean;
+  /** Needs a network namespace. */
+  namespaces?: boolean;
+}
+
+/** Starts every device that has ended again. */
+async function restart(cluster: FaultCluster, ...stages: string[]): Promise<void> {
+  for (const id of stages) {
+    const device = cluster.devices.find((other) => other.id === id)!;
+    device.kill("SIGKILL");
+    await device.ended();
+    device.start();
+  }
+}
+
+let broken: string[] = [];
+const mend = (cluster: FaultCluster) => restart(cluster, ...broken);
+const strike = (cluster: FaultCluster, signal: Deno.Signal, ...stages: number[]) => {
+  const devices = stages.map((stage) => cluster.holder(stage));
+  broken = devices.map((device) => device.id);
+  for (const device of devices) device.kill(signal);
+};
+
+/** All faults, by name. */
+export const FAULTS: Readonly<Record<string, Fault>> = {
+  "SIGKILL of the first stage": { act: (c) => strike(c, "SIGKILL", 0), mend },
+  "SIGKILL of the last stage": { act: (c) => strike(c, "SIGKILL", 1), mend },
+  "SIGKILL in prefill": { act: (c) => strike(c, "SIGKILL", 1), mend, prefill: true },
+  "SIGSTOP": { act: (c) => strike(c, "SIGSTOP", 1), mend: (c) => c.devices.forEach((d) => d.kill("SIGCONT")) },
+  "SIGTERM": { act: (c) => strike(c, "SIGTERM", 0), mend },
+  "two losses at once": { act: (c) => strike(c, "SIGKILL", 0, 1), mend },
+  "worker rejoins": {
+    act: async (c) => {
+      strike(c, "SIGKILL", 0);
+      await mend(c);
+    },
+  },
+  "link down": {
+    act: async (c) => {
+      const device = c.holder(1);
+      broken = [device.id];
+      await device.link!.set("down");
+    },
+    mend: (c) => c.devices.find((device) => device.id === broken[0])!.link!.set("up"),
+    namespaces: true,
+  },
+  "broker restart": {
+    act: async (c) => {
+      const { port } = c.server;
+      c.server.kill("SIGKILL");
+      await c.server.stop();
+      c.server = await nats.start({ host: "0.0.0.0", port });
+    },
+  },
+};
+
+/** Resolves when so many workers are there. */
+async function gathered(cluster: FaultCluster, count: number): Promise<void> {
+  const deadline = performance.now() + 60_000;
+  const there = () => cluster.engine.clusterStatus().workers.filter(({ state }) => state === "ready").length;
+  while (there() < count || cluster.engine.clusterStatus().state !== "serving") {
+    if (performance.now() > deadline) throw new Error(`${there()} of ${count} workers came back`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
+/** Runs the matrix and yields a row for every fault. */
+export async function* runFaults(runs: number, only?: readonly string[]): AsyncGenerator<FaultRow> {
+  const expected = new Map<boolean, number[][]>();
+  {
+    await using one = await startLocalCluster(MODEL, { threads: 1, context: 512, kvTokens: 4096 });
+    for (const prefill of [false, true]) {
+      const all = requests(prefill ? 340 : 12).map((request) => tokens(one.engine, request));
+      expected.set(prefill, await Promise.all(all));
+    }
+  }
+  const devices = 4;
+  await using cluster = await FaultCluster.start(devices);
+  for (const [name, fault] of Object.entries(FAULTS)) {
+    if (only !== undefined && !only.includes(name)) continue;
+    if (fault.namespaces === true && cluster.devices[0]!.link === undefined) {
+      console.error(`${name}: left out, for want of root or network namespaces`);
+      continue;
+    }
+    const row: FaultRow = { fault: name, runs, lost: 0, repeated: 0, changed: 0, detect_ms: null, recover_ms: null };
+    const prefill = fault.prefill === true;
+    for (let run = 0; run < runs; run++) {
+      await gathered(cluster, devices);
+      cluster.events.length = 0;
+      let struck: Promise<void> | undefined;
+      let at = 0;
+      const act = () => {
+        at = performance.now();
+        struck = Promise.resolve(fault.act(cluster));
+      };
+      let seen = 0;
+      const wait = 4 + (run * 7) % 40; // tokens before the fault; another moment in every run
+      const answers = Promise.all(
+        requests(prefill ? 340 : 12).map((request) =>
+          tokens(cluster.engine, request, () => {
+            if (++seen === wait * STREAMS && !prefill) act();
+          })
+        ),
+      );
+      if (prefill) setTimeout(act, 5);
+      const got = await answers;
+      await struck;
+      got.forEach((ids, n) => {
+        const right = expected.get(prefill)![n]!;
+        row.lost += Math.max(0, right.length - ids.length);
+        row.repeated += Math.max(0, ids.length - right.length);
+        row.changed += ids.filter((id, i) => id !== right[i]).length;
+      });
+      const noticed = cluster.events.find(({ text }) => text.endsWith(": placing anew"));
+      const went = cluster.events.findLast(({ text }) => text.startsWith("goes on"));
+      if (noticed !== undefined) row.detect_ms = Math.max(row.detect_ms ?? 0, Math.round(noticed.at - at));
+      if (went !== undefined) row.recover_ms = Math.max(row.recover_ms ?? 0, Math.round(went.at - at));
+      await fault.mend?.(cluster);
+    }
+    yield row;
+  }
+}
