@@ -12,6 +12,8 @@ export interface LocalClusterOptions extends Omit<EngineOptions, "bus" | "model"
   threads?: number;
   /** Instruction set. Default: the best. */
   isa?: string;
+  /** Whether threads are bound to cores. @default {"none"} */
+  pin?: "none" | "cores";
   /** Cache of packed weights on disk. Default: none. */
   cache?: WorkerOptions["cache"];
 }
@@ -29,7 +31,7 @@ export interface LocalCluster extends AsyncDisposable {
  * cluster, on one machine.
  */
 export async function startLocalCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
-  const { threads: wanted, isa, cache = null, shards = 1, ...rest } = options;
+  const { threads: wanted, isa, pin = "none", cache = null, shards = 1, ...rest } = options;
   const model = await loadModel(modelPath(path)); // before anything is started: a wrong path is the likeliest error
   for (const warning of model.warnings) console.error(`warning: ${warning}`);
   const kernels = loadKernels();
@@ -50,6 +52,7 @@ export async function startLocalCluster(path: string, options: LocalClusterOptio
           kernels,
           id: `local-${i}`,
           threads,
+          pin,
           cache,
           ...(isa === undefined ? {} : { isa }),
           log: (message) => console.error(message),

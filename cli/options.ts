@@ -32,6 +32,7 @@ export interface ClusterFlags {
   context?: number;
   kvType?: "f16" | "f32" | "q8";
   isa?: string;
+  pin?: boolean;
   /** False: `--no-cache`. */
   cache?: boolean;
 }
@@ -46,6 +47,7 @@ export function withClusterOptions(command: Command): Command {
       new Option("--kv-type <type>", "element type of the KV cache").choices(["f16", "f32", "q8"]).default("f16"),
     )
     .option("--isa <name>", "instruction set of the kernels (default: the best)")
+    .option("--pin", "bind each thread to a core, the fastest first (Linux)")
     .option("--no-cache", "do not keep packed weights on disk for the next start");
 }
 
@@ -67,7 +69,7 @@ export function cacheChoice(): { maxBytes: number } {
 
 /** The cluster's options that the flags stand for. */
 export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
-  const { shards, threads, context, kvType, isa, cache } = flags;
+  const { shards, threads, context, kvType, isa, pin, cache } = flags;
   return {
     cache: cache === false ? null : cacheChoice(),
     ...(shards === undefined ? {} : { shards }),
@@ -75,6 +77,7 @@ export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
     ...(context === undefined ? {} : { context }),
     ...(kvType === undefined ? {} : { kvType }),
     ...(isa === undefined ? {} : { isa }),
+    ...(pin === true ? { pin: "cores" } : {}),
   };
 }
 

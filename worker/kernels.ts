@@ -16,6 +16,8 @@ export interface ShardChoices {
   readonly threads: number;
   /** Instruction set; `null` takes the best. */
   readonly isa: string | null;
+  /** `"cores"` binds each thread to a core, the fastest first (Linux). @default {"none"} */
+  readonly pin?: "none" | "cores";
   /**
    * Whether packed weights are kept on disk for the next start: in `dir`, by default the user's cache folder (`LUTRA_CACHE`
    * names another), and in all at most so many bytes, of which those go first that were not used for longest.

@@ -30,6 +30,8 @@ export interface WorkerOptions {
   threads?: number;
   /** Instruction set. Default: the best. */
   isa?: string;
+  /** Whether threads are bound to cores. @default {"none"} */
+  pin?: "none" | "cores";
   /** Cache of packed weights on disk. Default: none. */
   cache?: ShardChoices["cache"];
   /** Bytes offered for weights and KV cache. Default: the memory available now. */
@@ -264,15 +266,19 @@ export class Worker {
         const keep = kept[i];
         let handle: ShardHandle;
         if (keep === undefined) {
-          const { isa = null, cache = null } = this.#options;
+          const { isa = null, pin = "none", cache = null } = this.#options;
           const path = this.#options.resolvePath?.(wanted.shard.path) ?? wanted.shard.path;
-          handle = await this.#kernels.openShard({ ...wanted.shard, path }, { threads: this.#threads, isa, cache }, {
-            onProgress: (fraction) => {
-              this.#loading = (i + fraction) / request.stages.length;
-              this.#announce();
+          handle = await this.#kernels.openShard(
+            { ...wanted.shard, path },
+            { threads: this.#threads, isa, pin, cache },
+            {
+              onProgress: (fraction) => {
+                this.#loading = (i + fraction) / request.stages.length;
+                this.#announce();
+              },
+              onNote: (text) => this.#log(`worker ${this.id}: ${text}`),
             },
-            onNote: (text) => this.#log(`worker ${this.id}: ${text}`),
-          });
+          );
         } else {
           keep.freeAll();
           spare.splice(spare.indexOf(keep), 1);

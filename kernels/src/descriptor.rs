@@ -1,5 +1,6 @@
 //! A shard's description: the one JSON that the kernels read. Parsed and checked completely before anything is allocated.
 
+use crate::cores::Pin;
 use crate::error::{Error, Result};
 use crate::pack::SourceType;
 use crate::weight_cache::CacheChoice;
@@ -121,6 +122,8 @@ pub struct Layer {
 pub struct Descriptor {
     pub path: String,
     pub threads: usize,
+    #[serde(default)]
+    pub pin: Pin,
     pub isa: Option<String>,
     /// Where packed weights are kept; nowhere if absent.
     #[serde(default)]

@@ -15,6 +15,7 @@
 mod arch;
 pub mod bandwidth;
 pub mod cache;
+pub mod cores;
 pub mod dispatch;
 pub mod error;
 pub mod matmul;

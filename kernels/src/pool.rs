@@ -3,9 +3,15 @@
 //!
 //! Work is divided statically: thread `t` of `T` takes parts `parts·t/T .. parts·(t+1)/T`, so that a thread meets the same
 //! tiles of a matrix every time, as one contiguous stream.
+//!
+//! A pinned pool's threads are bound to cores of their own; the calling thread, which belongs to others, only during a
+//! session.
 
+use crate::cores::{affinity, Affinity, Cores};
+use crate::error::Result;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::marker::PhantomData;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,6 +68,8 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
     /// One job at a time.
     turn: Mutex<()>,
+    /// What the threads are bound to, if they are.
+    pinned: Option<Cores>,
 }
 
 impl Pool {
@@ -100,7 +108,32 @@ impl Pool {
         for sender in senders.iter().take(workers.len()) {
             let _ = sender.send(shared.clone());
         }
-        Pool { shared, workers, turn: Mutex::new(()) }
+        Pool { shared, workers, turn: Mutex::new(()), pinned: None }
+    }
+
+    /// The same with every thread bound to a core, the fastest and least used ones.
+    pub fn pinned(threads: usize) -> Result<Pool> {
+        let mut pool = Pool::new(threads);
+        let cores = Cores::take(pool.threads())?;
+        let failure = Mutex::new(None);
+        // As many parts as threads: part t is thread t's.
+        pool.run(pool.threads(), &|thread| {
+            if thread > 0 {
+                if let Err(e) = Affinity::core(cores.of_threads()[thread]).apply() {
+                    *lock(&failure) = Some(e);
+                }
+            }
+        });
+        if let Some(e) = lock(&failure).take() {
+            return Err(e);
+        }
+        pool.pinned = Some(cores);
+        Ok(pool)
+    }
+
+    /// The core of each thread, the caller's (during a session) first; empty if none is bound.
+    pub fn cores(&self) -> &[usize] {
+        self.pinned.as_ref().map_or(&[], |cores| cores.of_threads())
     }
 
     /// Threads that work on a job, the caller included.
@@ -110,7 +143,8 @@ impl Pool {
 
     /// Wakes all threads and keeps them awake until the session is dropped. Open one around jobs that follow each other with
     /// pauses: waking a sleeping thread takes tens of microseconds, on a virtual machine hundreds, and here it happens once,
-    /// while the caller prepares the first job. Without effect in a pool of more threads than cores.
+    /// while the caller prepares the first job. Threads of a pool of more threads than cores sleep all the same. The calling
+    /// thread of a pinned pool is bound to its core until the session ends.
     pub fn session(&self) -> Session<'_> {
         let shared = &*self.shared;
         let awake = !self.workers.is_empty() && shared.spin == SPIN;
@@ -118,7 +152,12 @@ impl Pool {
             shared.sessions.fetch_add(1, SeqCst);
             self.wake();
         }
-        Session { shared: awake.then_some(shared) }
+        // Where it cannot be bound it computes the same.
+        let before = self.cores().first().and_then(|&core| {
+            let before = affinity().ok()?;
+            Affinity::core(core).apply().ok().map(|()| before)
+        });
+        Session { shared: awake.then_some(shared), before, this_thread: PhantomData }
     }
 
     /// Wakes the workers that sleep.
@@ -159,14 +198,20 @@ impl Pool {
 
 /// See [`Pool::session`].
 pub struct Session<'a> {
-    /// `None` when the session has no effect.
+    /// `None` when threads may sleep.
     shared: Option<&'a Shared>,
+    /// Where the calling thread might run before.
+    before: Option<Affinity>,
+    this_thread: PhantomData<*const ()>,
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         if let Some(shared) = self.shared {
             shared.sessions.fetch_sub(1, SeqCst);
+        }
+        if let Some(before) = self.before {
+            let _ = before.apply();
         }
     }
 }

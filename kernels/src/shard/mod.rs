@@ -7,6 +7,7 @@ mod weights;
 
 use crate::attention::{attend, Past};
 use crate::batch::Batch;
+use crate::cores::Pin;
 use crate::descriptor::{Descriptor, Hyper, RopeStyle};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
@@ -115,7 +116,10 @@ impl Shard {
     /// The same, telling how far it is.
     pub fn open_watched(d: &Descriptor, progress: &Progress) -> Result<Self> {
         let ks = select(d.isa.as_deref())?;
-        let pool = Pool::new(d.threads);
+        let pool = match d.pin {
+            Pin::None => Pool::new(d.threads),
+            Pin::Cores => Pool::pinned(d.threads)?,
+        };
         let (weights, loaded) = Weights::load(d, ks, &pool, progress)?;
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, weights.layers.len(), h.kv_heads, h.head_dim)?;

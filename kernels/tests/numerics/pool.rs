@@ -105,3 +105,49 @@ fn sessions_nest_end_and_change_no_result() {
         drop(pool);
     }
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn pinned_threads_have_the_cores_asked_for() {
+    use std::sync::Mutex;
+    let allowed = || {
+        // SAFETY: a set of bits, as long as is said.
+        unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            assert_eq!(libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set), 0);
+            (0..libc::CPU_SETSIZE as usize).filter(|&core| libc::CPU_ISSET(core, &set)).collect::<Vec<_>>()
+        }
+    };
+    let before = allowed();
+    for threads in [1, 2, before.len(), before.len() + 2] {
+        let pool = Pool::pinned(threads).unwrap();
+        assert_eq!(pool.cores().len(), threads);
+        assert!(pool.cores().iter().all(|core| before.contains(core)), "{:?} of {before:?}", pool.cores());
+        let found: Vec<_> = (0..threads).map(|_| Mutex::new(vec![])).collect();
+        for _ in 0..3 {
+            let outer = pool.session();
+            let inner = pool.session();
+            pool.run(threads, &|thread| *found[thread].lock().unwrap() = allowed());
+            for (thread, cores) in found.iter().enumerate() {
+                assert_eq!(*cores.lock().unwrap(), [pool.cores()[thread]], "thread {thread} of {threads}");
+            }
+            drop(inner);
+            assert_eq!(allowed(), [pool.cores()[0]]);
+            drop(outer);
+            assert_eq!(allowed(), before, "the caller is free again");
+        }
+    }
+    assert_eq!(Pool::new(3).cores(), &[0usize; 0]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_pinned_pool_has_no_core_twice_unless_there_are_too_few() {
+    let all = Pool::pinned(64).unwrap().cores().iter().collect::<std::collections::HashSet<_>>().len();
+    let one = Pool::pinned(1).unwrap();
+    for threads in 1..=all {
+        let pool = Pool::pinned(threads).unwrap();
+        let own: std::collections::HashSet<_> = pool.cores().iter().collect();
+        assert_eq!(own.len(), threads, "{:?} beside {:?}", pool.cores(), one.cores());
+    }
+}

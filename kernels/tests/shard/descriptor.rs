@@ -27,6 +27,7 @@ fn each_wrong_field_is_named() {
         ("/threads", json!(0), "threads"),
         ("/threads", json!(1u64 << 40), "threads"),
         ("/isa", json!("mmx"), "portable"),
+        ("/pin", json!("all"), "unknown variant"),
         ("/kv/type", json!("q4"), "q4"),
         ("/kv/tokens", json!(0), "kv.tokens"),
         ("/kv/tokens", json!(1u64 << 40), "kv.tokens"),
