@@ -103,17 +103,17 @@ fn code(i: usize) -> u8 {
     (i * 37 % 61) as u8
 }
 
-fn activations(ks: &Kernels, form: PackedForm, plan: Plan, n: usize, pool: &Pool) -> Activations {
+fn activations(ks: &Kernels, form: PackedForm, n: usize, pool: &Pool) -> Activations {
     let x: Vec<f32> = (0..n * COLS).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut act = Activations::new();
-    act.prepare_for(ks, &x, n, COLS, std::iter::once((form, plan)), pool);
+    act.prepare(ks, &x, n, COLS, &[form], pool);
     act
 }
 
 /// Seconds of a product with a matrix in cache, one thread: the median of many.
 fn cached(plan: Plan, ks: &Kernels, w: &PackedMatrix, n: usize) -> f64 {
     let one = Pool::new(1);
-    let act = activations(ks, w.form, plan, n, &one);
+    let act = activations(ks, w.form, n, &one);
     let mut y = vec![0f32; n * w.rows];
     let mut run = || seconds(|| matmul_by(plan, ks, w, &act, &mut y, w.rows, &one));
     let _warm_up: f64 = (0..5).map(|_| run()).sum();
@@ -149,7 +149,7 @@ fn bench_form(o: &Options, ks: &Kernels, ty: SourceType, form: PackedForm) {
         for (variant, kernel) in ks.variants(form).iter().enumerate().take(if o.all { usize::MAX } else { 1 }) {
             let plan = Plan { variant, ..Plan::default() };
             for &n in &o.batch {
-                let act = activations(ks, form, plan, n, &pool);
+                let act = activations(ks, form, n, &pool);
                 let memory_bound = n < LARGE_BATCH;
                 let matrices = if memory_bound { &large[..] } else { std::slice::from_ref(&small) };
                 let bytes: usize = matrices.iter().map(PackedMatrix::bytes).sum();

@@ -86,6 +86,19 @@ impl KvType {
     }
 }
 
+/// Whether kernels are measured on this device (`tune`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tuning {
+    /// Fixed rules.
+    #[default]
+    Off,
+    /// What is stored; what is not is measured for large models, within a few seconds.
+    Auto,
+    /// All is measured anew.
+    Force,
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kv {
@@ -128,6 +141,8 @@ pub struct Descriptor {
     /// Where packed weights are kept; nowhere if absent.
     #[serde(default)]
     pub cache: Option<CacheChoice>,
+    #[serde(default)]
+    pub tune: Tuning,
     pub kv: Kv,
     /// Most tokens of a micro-batch.
     pub max_batch: usize,

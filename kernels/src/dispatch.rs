@@ -9,6 +9,9 @@ use crate::pack::{PackedForm, SourceType};
 use crate::quantize::{Quantize, Table};
 use std::fmt;
 
+/// Raised when kernels become faster or slower: what was measured of others counts no more.
+pub(crate) const KERNELS_VERSION: u32 = 1;
+
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {

@@ -312,6 +312,29 @@ pub unsafe extern "C" fn lutra_shard_stats(
     })
 }
 
+/// Measures kernels for matrices (`tune::Request`, JSON), and tells of it (`tune::Report`, JSON).
+///
+/// # Safety
+/// Each pointer is valid for its length.
+#[no_mangle]
+pub unsafe extern "C" fn lutra_tune(
+    request: *const u8,
+    request_len: usize,
+    out: *mut u8,
+    out_len: usize,
+    err: *mut u8,
+    err_len: usize,
+) -> i32 {
+    guard(err, err_len, || {
+        // SAFETY: the caller's.
+        let report = crate::tune::tune(unsafe { input(request, request_len, "request")? })?;
+        let json = serde_json::to_string(&report).map_err(|e| Error::argument(e.to_string()))?;
+        // SAFETY: the caller's.
+        unsafe { output(out, out_len, json.as_bytes(), "out")? };
+        count(json.len())
+    })
+}
+
 /// Closes a shard; a call in flight on it ends first.
 ///
 /// # Safety

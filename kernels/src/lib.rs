@@ -23,6 +23,7 @@ pub mod ops;
 pub mod pack;
 pub mod pool;
 pub mod quantize;
+pub mod tune;
 
 pub mod attention;
 pub mod batch;

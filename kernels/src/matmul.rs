@@ -124,34 +124,21 @@ impl Activations {
         Self::default()
     }
 
-    /// `prepare_for` products by the default plan.
+    /// Prepares `x` (n × k, row-major) for products with weights of `forms`, by any plan; several matrices share one call. `k`
+    /// must be whole groups of every form.
     pub fn prepare(&mut self, ks: &Kernels, x: &[f32], n: usize, k: usize, forms: &[PackedForm], pool: &Pool) {
-        self.prepare_for(ks, x, n, k, forms.iter().map(|&form| (form, Plan::default())), pool);
-    }
-
-    /// Prepares `x` (n × k, row-major) for products with weights of these forms by these plans; several matrices share one
-    /// call. `k` must be whole groups of every form.
-    pub fn prepare_for(
-        &mut self,
-        ks: &Kernels,
-        x: &[f32],
-        n: usize,
-        k: usize,
-        products: impl Iterator<Item = (PackedForm, Plan)> + Clone,
-        pool: &Pool,
-    ) {
         assert!(n > 0 && k > 0 && n.checked_mul(k) == Some(x.len()), "prepare: {n} × {k} is not {}", x.len());
         (self.n, self.k) = (n, k);
-        self.has_floats = products.clone().any(|(form, _)| form.act_group() == 0);
+        self.has_floats = forms.iter().any(|form| form.act_group() == 0);
         if self.has_floats {
             self.x.clear();
             self.x.extend_from_slice(x);
         }
         self.quantized.iter_mut().for_each(|q| q.current = false);
-        for (form, plan) in products.filter(|(form, _)| form.act_group() != 0) {
+        for form in forms.iter().filter(|form| form.act_group() != 0) {
             let group = form.act_group();
             assert!(k % group == 0, "prepare: rows of {k} are not groups of {group}");
-            let tables = plan.variant(ks, form).tables;
+            let tables = ks.variants(*form).iter().any(|variant| variant.tables);
             let at = self.quantized.iter().position(|q| q.group == group).unwrap_or_else(|| {
                 self.quantized.push(Quantized::new(group));
                 self.quantized.len() - 1
@@ -231,8 +218,8 @@ pub fn matmul(ks: &Kernels, w: &PackedMatrix, act: &Activations, y: &mut [f32], 
 /// `y[i·y_stride + row] = Σ_k w[row, k]·x[i, k]` for every row of `act` and of `w`; `y_stride ≥ w.rows`. Every plan gives the
 /// same bits.
 ///
-/// Panics if `act` was not prepared for `w`'s form and columns by the same kernels and plan, if `ks` has no such plan, or if
-/// `y` is too short.
+/// Panics if `act` was not prepared for `w`'s form and columns by the same kernels, if `ks` has no such plan, or if `y`
+/// is too short.
 pub fn matmul_by(
     plan: Plan,
     ks: &Kernels,

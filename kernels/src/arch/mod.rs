@@ -80,7 +80,7 @@ mod tests {
                                 for (i, variant) in ks.variants(form).iter().enumerate() {
                                     let plan = Plan { variant: i, ..Plan::default() };
                                     let (mut act, mut y) = (Activations::new(), vec![0f32; n * w.rows]);
-                                    act.prepare_for(ks, &x, n, cols, [(form, plan)].into_iter(), &pool);
+                                    act.prepare(ks, &x, n, cols, &[form], &pool);
                                     matmul_by(plan, ks, &w, &act, &mut y, w.rows, &pool);
                                     let y: Vec<u32> = y.into_iter().map(f32::to_bits).collect();
                                     let expected = expected.get_or_insert_with(|| y.clone());

@@ -251,6 +251,13 @@ impl PackedMatrix {
         self.data.len()
     }
 
+    /// A copy in other memory.
+    pub(crate) fn duplicate(&self, pool: &Pool) -> Result<PackedMatrix> {
+        let mut data = Buffer::zeroed(self.data.len())?;
+        data.par_chunks(pool, self.tile_bytes, |index, tile| tile.copy_from_slice(self.tile(index)));
+        Ok(PackedMatrix { data, ..*self })
+    }
+
     pub fn tiles(&self) -> usize {
         self.rows.div_ceil(self.form.tile_rows())
     }

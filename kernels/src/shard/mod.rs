@@ -12,16 +12,18 @@ use crate::descriptor::{Descriptor, Hyper, RopeStyle};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, BLOCK_TOKENS};
-use crate::matmul::{matmul, matmul_all, matmul_gated, Activations, Plan};
+use crate::matmul::{matmul_all, matmul_by, matmul_gated, Activations};
 use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
 use crate::profile::{Profile, Step};
 use crate::sampling::sample;
+use crate::tune::{Plans, Report, Tuner, INLINE_BYTES};
 use crate::weight_cache::CacheReport;
 use answers::{answers, needed_rows, result_bytes, sampled_bytes, write};
 pub use progress::Progress;
 use rope::RopeTable;
+use std::cell::RefCell;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -40,6 +42,8 @@ pub struct Shard {
     max_batch: usize,
     weights: Weights,
     loaded: CacheReport,
+    plans: Plans,
+    tuning: Report,
     state: Mutex<State>,
 }
 
@@ -82,8 +86,6 @@ pub struct Stats {
     pub weight_bytes_per_token: usize,
 }
 
-/// Bytes below which a job is done sooner than a thread that waits for it joins in: some 3 µs of one thread's reading.
-const INLINE_BYTES: usize = 64 << 10;
 /// Bytes of a whole pass below which sleeping threads are not woken: some 150 µs of one thread's reading.
 const SESSION_BYTES: usize = 4 << 20;
 
@@ -120,7 +122,11 @@ impl Shard {
             Pin::None => Pool::new(d.threads),
             Pin::Cores => Pool::pinned(d.threads)?,
         };
-        let (weights, loaded) = Weights::load(d, ks, &pool, progress)?;
+        let file_bytes = std::fs::metadata(&d.path).map_or(0, |file| file.len());
+        let tuner = RefCell::new(Tuner::new(ks, &pool, d.tune, d.cache.as_ref(), file_bytes));
+        let (weights, mut loaded) = Weights::load(d, &pool, &tuner, progress)?;
+        let (plans, tuning) = tuner.into_inner().finish();
+        loaded.notes.extend(tuning.warnings.iter().cloned());
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, weights.layers.len(), h.kv_heads, h.head_dim)?;
         let rope = RopeTable::new(h.rope.base, h.rope.dims);
@@ -133,6 +139,8 @@ impl Shard {
             max_batch: d.max_batch,
             weights,
             loaded,
+            plans,
+            tuning,
             state: Mutex::new(State {
                 kv,
                 rope,
@@ -143,9 +151,14 @@ impl Shard {
         })
     }
 
-    /// What went wrong while it was opened without keeping it from opening: the cache's troubles.
+    /// What went wrong while it was opened without keeping it from opening: troubles of the cache and the tuner.
     pub fn notes(&self) -> &[String] {
         &self.loaded.notes
+    }
+
+    /// How products were chosen.
+    pub fn tuning(&self) -> &Report {
+        &self.tuning
     }
 
     /// A panic inside a forward pass is rolled back like an error: the state stays usable.
@@ -291,9 +304,8 @@ impl Shard {
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
-            let plan = Plan::default();
-            let products =
-                [(plan, &layer.q, &mut b.q[..]), (plan, &layer.k, &mut b.k[..]), (plan, &layer.v, &mut b.v[..])];
+            let products = [(&layer.q, &mut b.q[..]), (&layer.k, &mut b.k[..]), (&layer.v, &mut b.v[..])]
+                .map(|(w, y)| (self.plans.plan(w, n), w, y));
             let bytes = products.iter().map(|(_, w, _)| w.bytes()).sum::<usize>();
             matmul_all(ks, products, act, self.pool_for(pool, bytes * n));
             profile.end(Step::QueryKeyValue);
@@ -364,7 +376,7 @@ impl Shard {
             profile.end(Step::Quantize);
             resize(&mut b.gate, n * ff);
             resize(&mut b.up, n * ff);
-            let gated = [(plan, &layer.gate), (plan, &layer.up)];
+            let gated = [&layer.gate, &layer.up].map(|w| (self.plans.plan(w, n), w));
             let bytes = gated.iter().map(|(_, w)| w.bytes()).sum::<usize>();
             matmul_gated(ks, gated, ops::silu_mul, act, &mut b.gate, &mut b.up, self.pool_for(pool, bytes * n));
             profile.end(Step::GateUp);
@@ -450,7 +462,8 @@ impl Shard {
 
     /// `y = x · Wᵀ` for the `n` rows of activations in `act`.
     fn product(&self, pool: &Pool, w: &PackedMatrix, act: &Activations, n: usize, y: &mut [f32]) {
-        matmul(self.ks, w, act, y, w.rows, self.pool_for(pool, w.bytes() * n));
+        let pool = if self.plans.is_inline(w, n) { &self.inline } else { pool };
+        matmul_by(self.plans.plan(w, n), self.ks, w, act, y, w.rows, pool);
     }
 
     fn norm(&self, pool: &Pool, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {

@@ -1,13 +1,14 @@
 //! A shard's packed weights, as read from the model file.
 
 use crate::descriptor::{self, Descriptor, TensorRef};
-use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
 use crate::mapping::ModelFile;
 use crate::pack::{dequantize, PackedMatrix};
 use crate::pool::Pool;
 use crate::shard::Progress;
+use crate::tune::Tuner;
 use crate::weight_cache::{Cache, CacheReport, Source};
+use std::cell::RefCell;
 use std::sync::Arc;
 
 /// All that a shard holds of the model.
@@ -37,19 +38,20 @@ pub(super) struct Layer {
 }
 
 /// Where tensors come from and what packs them.
-struct Loader<'a> {
+struct Loader<'a, 't> {
     file: ModelFile,
     cache: Cache,
-    ks: &'a Kernels,
     pool: &'a Pool,
+    tuner: &'a RefCell<Tuner<'t>>,
 }
 
-impl Loader<'_> {
+impl Loader<'_, '_> {
     fn matrix(&self, t: &TensorRef) -> Result<PackedMatrix> {
         let ty = t.source_type()?;
         let (rows, cols) = (t.shape[1], t.shape[0]);
         let source = Source { ty, rows, cols, offset: t.offset, bytes: self.file.tensor(t)? };
-        self.cache.matrix(self.ks.form(ty), source, self.file.file(), self.pool).map_err(|e| named(t, e))
+        let form = self.tuner.borrow_mut().form(ty, rows, cols);
+        self.cache.matrix(form, source, self.file.file(), self.pool).map_err(|e| named(t, e))
     }
 
     fn vector(&self, t: &TensorRef) -> Result<Vec<f32>> {
@@ -78,9 +80,15 @@ fn named(t: &TensorRef, e: Error) -> Error {
 }
 
 impl Weights {
-    /// Maps the file and packs the shard's tensors, or reads them packed; `progress` counts embedding, head and layers.
-    pub fn load(d: &Descriptor, ks: &Kernels, pool: &Pool, progress: &Progress) -> Result<(Self, CacheReport)> {
-        let loader = Loader { file: ModelFile::open(&d.path)?, cache: Cache::new(d.cache.as_ref()), ks, pool };
+    /// Maps the file and packs the shard's tensors into the forms that the tuner chooses, or reads them packed; `progress` counts
+    /// embedding, head and layers.
+    pub fn load(
+        d: &Descriptor,
+        pool: &Pool,
+        tuner: &RefCell<Tuner<'_>>,
+        progress: &Progress,
+    ) -> Result<(Self, CacheReport)> {
+        let loader = Loader { file: ModelFile::open(&d.path)?, cache: Cache::new(d.cache.as_ref()), pool, tuner };
         progress.begin(d.layers.len() + d.embedding.iter().count() + d.head.iter().count());
         let embedding = d.embedding.as_ref().map(|t| loader.matrix(t).map(Arc::new)).transpose()?;
         progress.advance(embedding.iter().count());

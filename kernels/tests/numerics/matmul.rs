@@ -295,7 +295,7 @@ fn every_plan_gives_the_same_bits() {
                         for block_bytes in [0, 1, 5000, 16 << 10, 256 << 10, usize::MAX] {
                             let plan = Plan { variant, width, block_bytes };
                             let (mut act, mut y) = (Activations::new(), vec![0f32; n * rows]);
-                            act.prepare_for(ks, &x, n, cols, [(form, plan)].into_iter(), &pool);
+                            act.prepare(ks, &x, n, cols, &[form], &pool);
                             matmul_by(plan, ks, &w, &act, &mut y, rows, &pool);
                             assert_same(&y, &expected, &format!("{} {} {form:?} {plan:?}", ks.isa, of.name));
                         }

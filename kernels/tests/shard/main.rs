@@ -7,3 +7,4 @@ mod invariance;
 mod kv;
 mod model;
 mod sampling;
+mod tuning;
