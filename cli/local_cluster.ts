@@ -16,6 +16,8 @@ export interface LocalClusterOptions extends Omit<EngineOptions, "bus" | "model"
   pin?: "none" | "cores";
   /** Cache of packed weights on disk. Default: none. */
   cache?: WorkerOptions["cache"];
+  /** Whether kernels are measured on this device. @default {"auto"} */
+  tune?: WorkerOptions["tune"];
 }
 
 /** A cluster within this process. */
@@ -31,7 +33,7 @@ export interface LocalCluster extends AsyncDisposable {
  * cluster, on one machine.
  */
 export async function startLocalCluster(path: string, options: LocalClusterOptions = {}): Promise<LocalCluster> {
-  const { threads: wanted, isa, pin = "none", cache = null, shards = 1, ...rest } = options;
+  const { threads: wanted, isa, pin = "none", cache = null, tune = "auto", shards = 1, ...rest } = options;
   const model = await loadModel(modelPath(path)); // before anything is started: a wrong path is the likeliest error
   for (const warning of model.warnings) console.error(`warning: ${warning}`);
   const kernels = loadKernels();
@@ -54,6 +56,7 @@ export async function startLocalCluster(path: string, options: LocalClusterOptio
           threads,
           pin,
           cache,
+          tune,
           ...(isa === undefined ? {} : { isa }),
           log: (message) => console.error(message),
         }),

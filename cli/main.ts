@@ -18,6 +18,7 @@ import { addPull } from "./pull.ts";
 import { addRun } from "./run.ts";
 import { addServe } from "./serve.ts";
 import { addStatus } from "./status.ts";
+import { addTune } from "./tune.ts";
 import { addWorker } from "./worker.ts";
 
 /** The command line's grammar. */
@@ -35,6 +36,7 @@ export function createProgram(): Command {
   addPull(program);
   addInspect(program);
   addBench(program);
+  addTune(program);
   for (const command of program.commands) command.exitOverride().showHelpAfterError("(--help explains)");
   return program;
 }

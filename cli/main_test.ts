@@ -63,6 +63,20 @@ Deno.test("inspect: tells of a model, as text and as JSON", async () => {
   assert.equal(json.tensors.length, 48);
 });
 
+Deno.test("tune: shows what was measured and chosen", async () => {
+  const { code, stdout, stderr } = await lutra([
+    "tune",
+    fixture("llama-tiny-f16.gguf"),
+    "--threads",
+    "1",
+    "--no-cache",
+  ]);
+  assert.equal(code, 0, stderr);
+  assert.match(stdout, /^\* F16 320 × 64 +256 +floatf16 +\S+ +\d+ +\d+ KiB +1 +[\d.]+ +[\d.]+ +[\d.]+$/m);
+  assert.match(stdout, /^F16 320 × 64 +measured +floatf16/m);
+  assert.match(stdout, /^not kept$/m);
+});
+
 Deno.test("bench --json: reports rates and their share of the bandwidth", async () => {
   const flags = ["--prompt-tokens", "8", "--gen-tokens", "4", "--repetitions", "1", "--bandwidth-mib", "16"];
   const { code, stdout, stderr } = await lutra(["bench", model, "--json", ...flags]);

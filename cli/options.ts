@@ -1,6 +1,7 @@
 import { InvalidArgumentError, Option } from "commander";
 import type { Command } from "commander";
 import type { SamplingOptions } from "../orchestrator/mod.ts";
+import type { CacheChoice, Tuning } from "../worker/mod.ts";
 import type { LocalClusterOptions } from "./local_cluster.ts";
 
 /** Parses an integer from `min` on. */
@@ -35,6 +36,7 @@ export interface ClusterFlags {
   pin?: boolean;
   /** False: `--no-cache`. */
   cache?: boolean;
+  tune?: Tuning;
 }
 
 /** Adds the options of {@linkcode ClusterFlags}. */
@@ -48,7 +50,11 @@ export function withClusterOptions(command: Command): Command {
     )
     .option("--isa <name>", "instruction set of the kernels (default: the best)")
     .option("--pin", "bind each thread to a core, the fastest first (Linux)")
-    .option("--no-cache", "do not keep packed weights on disk for the next start");
+    .option("--no-cache", "do not keep packed weights and measured choices of kernels on disk for the next start")
+    .addOption(
+      new Option("--tune <mode>", "measure kernels: once and for large models only, never, or anew")
+        .choices(["auto", "off", "force"]).default("auto"),
+    );
 }
 
 /** Bytes of packed weights that are kept on disk, unless `LUTRA_CACHE_GB` says otherwise. */
@@ -58,7 +64,7 @@ const CACHE_BYTES = 16e9;
  * The cache of packed weights: in the folder that the environment names (`LUTRA_CACHE`, `XDG_CACHE_HOME`), of at most
  * `LUTRA_CACHE_GB` × 10⁹ bytes.
  */
-export function cacheChoice(): { maxBytes: number } {
+export function cacheChoice(): CacheChoice {
   const text = Deno.env.get("LUTRA_CACHE_GB") ?? "";
   const gigabytes = Number(text);
   if (!(gigabytes >= 0 && gigabytes <= 1e6)) {
@@ -69,7 +75,7 @@ export function cacheChoice(): { maxBytes: number } {
 
 /** The cluster's options that the flags stand for. */
 export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
-  const { shards, threads, context, kvType, isa, pin, cache } = flags;
+  const { shards, threads, context, kvType, isa, pin, cache, tune } = flags;
   return {
     cache: cache === false ? null : cacheChoice(),
     ...(shards === undefined ? {} : { shards }),

@@ -3,7 +3,15 @@ import { fileURLToPath } from "node:url";
 import { z } from "zod";
 import type { Shard, ShardStats } from "../bus/mod.ts";
 import { KernelError, KernelLibraryError } from "./errors.ts";
-import type { DeviceInfo, KernelLibrary, OpenShardOptions, ShardChoices, ShardHandle } from "./kernels.ts";
+import type {
+  CacheChoice,
+  DeviceInfo,
+  KernelLibrary,
+  OpenShardOptions,
+  ShardChoices,
+  ShardHandle,
+  Tuning,
+} from "./kernels.ts";
 
 /** The version of the C ABI that this file speaks. */
 export const ABI_VERSION = 2;
@@ -84,6 +92,12 @@ const SYMBOLS = {
     ],
     result: "i32",
   },
+  // int32_t lutra_tune(const uint8_t *request, size_t request_len, uint8_t *out, size_t out_len, uint8_t *err, size_t err_len);
+  lutra_tune: {
+    parameters: ["buffer", "usize", "buffer", "usize", "buffer", "usize"],
+    result: "i32",
+    nonblocking: true,
+  },
 } as const satisfies Deno.ForeignLibraryInterface;
 
 type Symbols = Deno.DynamicLibrary<typeof SYMBOLS>["symbols"];
@@ -91,6 +105,7 @@ type Bytes = Uint8Array<ArrayBuffer>;
 
 const ERROR_BYTES = 2048;
 const JSON_BYTES = 1 << 14;
+const REPORT_BYTES = 1 << 22;
 /** Milliseconds between two looks at a shard's progress. */
 const PROGRESS_MS = 100;
 
@@ -109,6 +124,68 @@ const statsSchema = z.object({
   weightBytesPerToken: z.number(),
 });
 
+const planSchema = z.object({
+  /** The most rows of activations that it is for; `null`: any number. */
+  most: z.number().nullable(),
+  kernel: z.string(),
+  /** Rows of activations that the kernel takes at once. */
+  width: z.number(),
+  /** Bytes of activations that meet all weights before the next do. */
+  blockBytes: z.number(),
+});
+const tuningReportSchema = z.object({
+  cpu: z.string(),
+  isa: z.string(),
+  threads: z.number(),
+  /** The file that the choices are kept in. */
+  store: z.string().nullable(),
+  /** Spent on measuring. */
+  seconds: z.number(),
+  choices: z.array(z.object({
+    type: z.string(),
+    /** At most as many as are measured. */
+    rows: z.number(),
+    cols: z.number(),
+    origin: z.enum(["measured", "stored", "rule"]),
+    form: z.string(),
+    /** Up to so many rows of activations one thread computes alone; `null`: the rule's number. */
+    inlineRows: z.number().nullable(),
+    plans: z.array(planSchema),
+  })),
+  trials: z.array(z.object({
+    type: z.string(),
+    rows: z.number(),
+    cols: z.number(),
+    /** Rows of activations. */
+    batch: z.number(),
+    form: z.string(),
+    kernel: z.string(),
+    width: z.number(),
+    blockBytes: z.number(),
+    /** On one thread. */
+    inline: z.boolean(),
+    /** Median of a product, with the preparation of its activations. */
+    seconds: z.number(),
+    /** Against the rule's choice, in the same rounds. */
+    ratio: z.number(),
+    chosen: z.boolean(),
+  })),
+  /** What went wrong; it costs time only. */
+  warnings: z.array(z.string()),
+});
+/** What was measured, and what was chosen. */
+export type TuningReport = z.infer<typeof tuningReportSchema>;
+
+/** Matrices to measure kernels for. */
+export interface TuningRequest extends ShardChoices {
+  readonly tune: Tuning;
+  readonly cache: CacheChoice | null;
+  /** Bytes of the model's file. */
+  readonly bytes: number;
+  /** The most important first, with GGML's types: the time for measuring may not suffice for all. */
+  readonly matrices: readonly { readonly type: number; readonly rows: number; readonly cols: number }[];
+}
+
 /** Options of {@linkcode loadKernels}. */
 export interface LoadKernelsOptions {
   /** The library's file. Default: the environment variable `LUTRA_KERNELS`, else where `deno task build` leaves it. */
@@ -119,6 +196,8 @@ export interface LoadKernelsOptions {
 export interface LoadedKernels extends KernelLibrary {
   /** The file it was loaded from. */
   readonly path: string;
+  /** Measures kernels as a shard of these matrices would, and keeps the choices. */
+  tune(request: TuningRequest): Promise<TuningReport>;
   /** Packs a matrix of `rows × cols` in blocks of GGML type `type`, and unpacks it. */
   unpack(type: number, source: Uint8Array, rows: number, cols: number): Float32Array;
   /** `y[n × rows] = x[n × cols] · Wᵀ`. `isa`: default the best. */
@@ -259,6 +338,21 @@ class Library implements LoadedKernels {
     }
     if (unwrap(code, err) > 0) onNote?.(textOf(err));
     return new Handle(this.#symbols, new DataView(handle.buffer).getUint32(0, true));
+  }
+
+  async tune(request: TuningRequest): Promise<TuningReport> {
+    const json = new TextEncoder().encode(JSON.stringify(request));
+    const out = fixed(REPORT_BYTES);
+    const err = fixed(ERROR_BYTES);
+    const code = await this.#symbols.lutra_tune(
+      json,
+      BigInt(json.byteLength),
+      out,
+      BigInt(out.byteLength),
+      err,
+      BigInt(err.byteLength),
+    );
+    return tuningReportSchema.parse(JSON.parse(new TextDecoder().decode(out.subarray(0, unwrap(code, err)))));
   }
 
   unpack(type: number, source: Uint8Array, rows: number, cols: number): Float32Array {

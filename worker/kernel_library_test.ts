@@ -143,3 +143,32 @@ Deno.test("openShard: keeps packed weights in the cache, and tells of one that i
     Deno.removeSync(dir, { recursive: true });
   }
 });
+
+Deno.test("tune: measures once for a cache, again when told to, and refuses matrices that there cannot be", async () => {
+  const kernels = loadKernels();
+  const dir = Deno.makeTempDirSync();
+  try {
+    const request = {
+      threads: 1,
+      isa: null,
+      cache: { dir, maxBytes: 0 },
+      bytes: 1e9,
+      matrices: [{ type: 0, rows: 32, cols: 32 }],
+    };
+    const first = await kernels.tune({ ...request, tune: "auto" });
+    assert.deepEqual(first.choices.map(({ type, origin }) => [type, origin]), [["F32", "measured"]]);
+    assert.ok(first.trials.length > 0 && first.trials.some(({ chosen }) => chosen));
+    assert.deepEqual(first.warnings, []);
+    const second = await kernels.tune({ ...request, tune: "auto" });
+    assert.deepEqual([second.choices[0]!.origin, second.trials.length, second.seconds], ["stored", 0, 0]);
+    assert.deepEqual(second.choices[0]!.plans, first.choices[0]!.plans);
+    assert.equal((await kernels.tune({ ...request, tune: "force" })).choices[0]!.origin, "measured");
+    assert.equal((await kernels.tune({ ...request, tune: "off" })).choices[0]!.origin, "rule");
+    Deno.writeTextFileSync(first.store!, "{}");
+    assert.match((await kernels.tune({ ...request, tune: "auto" })).warnings.join(), /are not used/);
+    const refused = kernels.tune({ ...request, tune: "auto", matrices: [{ type: 2, rows: 32, cols: 31 }] });
+    await assert.rejects(refused, { name: "KernelError", code: KernelErrorCode.invalidArgument });
+  } finally {
+    Deno.removeSync(dir, { recursive: true });
+  }
+});

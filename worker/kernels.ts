@@ -10,6 +10,12 @@ export interface DeviceInfo {
   readonly cores: number;
 }
 
+/**
+ * Whether kernels are measured: `off`: fixed rules; `auto`: what the cache has, and what it lacks is measured for models
+ * from 64 MiB on, within about three seconds once; `force`: all is measured anew. No choice changes a result.
+ */
+export type Tuning = "off" | "auto" | "force";
+
 /** What a device chooses for its shards. */
 export interface ShardChoices {
   /** Threads of the shard's pool, the calling one included. */
@@ -22,7 +28,15 @@ export interface ShardChoices {
    * Whether packed weights are kept on disk for the next start: in `dir`, by default the user's cache folder (`LUTRA_CACHE`
    * names another), and in all at most so many bytes, of which those go first that were not used for longest.
    */
-  readonly cache?: { readonly dir?: string; readonly maxBytes: number } | null;
+  readonly cache?: CacheChoice | null;
+  /** @default {"off"} */
+  readonly tune?: Tuning;
+}
+
+/** Where packed weights and measurements are kept, and how many bytes of weights. */
+export interface CacheChoice {
+  readonly dir?: string;
+  readonly maxBytes: number;
 }
 
 /** Options of {@linkcode KernelLibrary.openShard}. */

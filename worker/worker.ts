@@ -14,7 +14,7 @@ import {
 } from "../bus/mod.ts";
 import type { Bus, BusMessage, ControlReply, ControlRequest, Hello, Shard, Subscription } from "../bus/mod.ts";
 import { KernelError, WorkerError } from "./errors.ts";
-import type { KernelLibrary, ShardChoices, ShardHandle } from "./kernels.ts";
+import type { KernelLibrary, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
 import { Stage } from "./stage.ts";
 import type { QueuedStep } from "./stage.ts";
 
@@ -34,6 +34,8 @@ export interface WorkerOptions {
   pin?: "none" | "cores";
   /** Cache of packed weights on disk. Default: none. */
   cache?: ShardChoices["cache"];
+  /** Whether kernels are measured on this device; without a cache never unasked. @default {"auto"} */
+  tune?: Tuning;
   /** Bytes offered for weights and KV cache. Default: the memory available now. */
   memoryBytes?: number;
   /**
@@ -266,11 +268,11 @@ export class Worker {
         const keep = kept[i];
         let handle: ShardHandle;
         if (keep === undefined) {
-          const { isa = null, pin = "none", cache = null } = this.#options;
+          const { isa = null, pin = "none", cache = null, tune = "auto" } = this.#options;
           const path = this.#options.resolvePath?.(wanted.shard.path) ?? wanted.shard.path;
           handle = await this.#kernels.openShard(
             { ...wanted.shard, path },
-            { threads: this.#threads, isa, pin, cache },
+            { threads: this.#threads, isa, pin, cache, tune },
             {
               onProgress: (fraction) => {
                 this.#loading = (i + fraction) / request.stages.length;

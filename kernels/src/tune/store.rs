@@ -11,7 +11,7 @@ use crate::matmul::Plan;
 use crate::pack::PackedForm;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -97,7 +97,7 @@ impl Store {
     fn read(&self) -> Result<Vec<Entry>, String> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
             Err(e) => return Err(e.to_string()),
         };
         let mut bytes = Vec::new();
@@ -178,7 +178,7 @@ impl Store {
                 Err(TryLockError::WouldBlock) if start.elapsed() >= patience => return Ok(None),
                 Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
                 // A file system without locks.
-                Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
+                Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {
                     return Ok(Some(Lock { _file: file }))
                 }
                 Err(TryLockError::Error(e)) => return Err(e),
