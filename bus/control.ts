@@ -16,6 +16,7 @@
  */
 import { z } from "zod";
 import { WireError } from "./errors.ts";
+import { shardSchema } from "./shard.ts";
 
 const u32 = z.number().int().min(0).max(0xffff_ffff);
 const count = z.number().int().positive().max(0xffff_ffff);
@@ -98,61 +99,6 @@ export const helloSchema = z.strictObject({
 });
 /** A worker tells that it is there, or leaves. */
 export type Hello = z.infer<typeof helloSchema>;
-
-const tensorSchema = z.strictObject({
-  name: z.string().max(256),
-  /** GGML type id. */
-  type: u32,
-  /** Columns first, then rows for a matrix. */
-  shape: z.array(count).min(1).max(4),
-  /** From the file's begin. */
-  offset: size,
-  bytes: size,
-});
-const hyperSchema = z.strictObject({
-  layers: count,
-  embedding: count,
-  heads: count,
-  kvHeads: count,
-  headDim: count,
-  feedForward: count,
-  vocab: count,
-  context: count,
-  rmsEps: z.number().positive(),
-  rope: z.strictObject({ base: z.number().positive(), dims: count, style: z.enum(["norm", "neox"]) }),
-});
-const layerSchema = z.strictObject({
-  attnNorm: tensorSchema,
-  q: tensorSchema,
-  k: tensorSchema,
-  v: tensorSchema,
-  o: tensorSchema,
-  ffnNorm: tensorSchema,
-  gate: tensorSchema,
-  up: tensorSchema,
-  down: tensorSchema,
-});
-
-/** A contiguous range of a model's layers, as the kernel library opens it, less what the device chooses (threads, ISA). */
-export const shardSchema = z.strictObject({
-  /** The model file, as the worker's device names it. */
-  path: z.string().min(1).max(4096),
-  /** KV cache: `tokens` over all sequences, rounded up to blocks. */
-  kv: z.strictObject({ type: z.enum(["f16", "f32", "q8"]), tokens: count }),
-  /** Most tokens of a micro-batch. */
-  maxBatch: count,
-  hyper: hyperSchema,
-  /** First layer, and the one after the last. */
-  first: u32,
-  end: count,
-  /** Present in the first stage: its input is token ids. */
-  embedding: tensorSchema.nullable(),
-  /** Present in the last stage: its output is results. */
-  head: z.strictObject({ norm: tensorSchema, output: tensorSchema }).nullable(),
-  layers: z.array(layerSchema).min(1).max(4096),
-});
-/** A contiguous range of a model's layers. */
-export type Shard = z.infer<typeof shardSchema>;
 
 /** A stage that a worker is to hold. */
 export const stageSchema = z.strictObject({

@@ -34,11 +34,12 @@ Deno.test("describeModel: hyper-parameters and tensors by role; a missing head i
     feedForward: 16,
     vocab: 260,
     context: 64,
-    rmsEps: Math.fround(1e-5),
-    rope: { base: 10000, dims: 4, style: "norm" },
+    norm: { kind: "rms", eps: Math.fround(1e-5) },
+    activation: "silu",
+    ropes: [{ base: 10000, dims: 4, style: "norm" }],
   });
-  assert.equal(head.output, embedding);
-  assert.equal(layers[0]!.gate.name, "blk.0.ffn_gate.weight");
+  assert.deepEqual(head.output, { weight: embedding });
+  assert.equal(layers[0]!.mlp!.gate!.weight.name, "blk.0.ffn_gate.weight");
   assert.equal(parameters, 8 * 260 + 3 * 8 + 4 * 64 + 3 * 128);
 });
 
@@ -55,23 +56,27 @@ for (
     ["zero heads", set("llama.attention.head_count", { u32: 0 }), /head_count is not an integer from 1/],
     ["heads that do not divide", set("llama.attention.head_count", { u32: 3 }), /no multiple of 3 heads/],
     ["KV heads that do not divide", set("llama.attention.head_count_kv", { u32: 3 }), /head_count_kv 3/],
-    ["more layers than tensors", set("llama.block_count", { u32: 2 }), /tensor blk\.1\.attn_norm\.weight is missing/],
+    ["more layers than tensors", set("llama.block_count", { u32: 2 }), /tensor blk\.1\.attn_q\.weight is missing/],
     [
       "another width than the tensors'",
       set("llama.embedding_length", { u32: 16 }),
       /token_embd\.weight has shape 8 × 260/,
     ],
     ["rope scaling", ({ metadata }: Parts) => {
-      metadata.push(["llama.rope.scaling.type", { string: "yarn" }], ["llama.rope.scaling.factor", { f32: 4 }]);
-    }, /scaling.type "yarn"/],
-    ["experts", set("llama.expert_count", { u32: 8 }), /expert_count is 8/],
+      metadata.push(["llama.rope.scaling.type", { string: "su" }], ["llama.rope.scaling.factor", { f32: 4 }]);
+    }, /scaling.type "su" is not supported; there is linear, yarn, longrope/],
+    ["experts without tensors", set("llama.expert_count", { u32: 8 }), /ffn_up_exps\.weight is missing/],
+    ["experts one by one", (parts: Parts) => {
+      set("llama.expert_count", { u32: 8 })(parts);
+      parts.tensors.push({ name: "blk.0.ffn_up.0.weight", shape: [8, 16], type: 0, data: new Uint8Array(512) });
+    }, /blk\.0\.ffn_up\.0\.weight holds one expert alone.*convert the model again/],
     ["a type without kernels", ({ tensors }: Parts) => {
       const norm = tensors.find((t) => t.name === "output_norm.weight")!;
       [norm.type, norm.data] = [24, new Uint8Array(8)];
     }, /output_norm\.weight has type I8; supported are/],
     ["a tensor that would be ignored", ({ tensors }: Parts) => {
-      tensors.push({ name: "blk.0.attn_q.bias", shape: [8], type: 0, data: new Uint8Array(32) });
-    }, /attn_q\.bias is not understood/],
+      tensors.push({ name: "blk.0.attn_q_norm.weight", shape: [4], type: 0, data: new Uint8Array(16) });
+    }, /attn_q_norm\.weight is not understood/],
   ] as const
 ) {
   Deno.test(`describeModel: ${what} is refused by name`, () => {

@@ -6,6 +6,8 @@
  *
  * @module
  */
+export * from "./architecture.ts";
+export { ARCHITECTURES } from "./architectures/mod.ts";
 export * from "./chat_template.ts";
 export * from "./description.ts";
 export * from "./errors.ts";

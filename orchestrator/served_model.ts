@@ -31,63 +31,42 @@ function cachedBytes(type: Shard["kv"]["type"], dim: number): number {
 export function modelCost(description: ModelDescription, kv: Shard["kv"]): ModelCost {
   const { hyper } = description;
   const kvBytes = 2 * kv.tokens * hyper.kvHeads * cachedBytes(kv.type, hyper.headDim);
-  const weights = (tensors: Iterable<TensorRef>) => {
-    let bytes = 0;
-    for (const tensor of tensors) bytes += tensor.bytes * PACKED_RATIO;
-    return bytes;
-  };
+  const { experts = 1, used = 1 } = hyper.moe ?? {};
   const layers = description.layers.map((layer): LayerCost => {
-    const readBytes = weights(Object.values(layer));
-    return { memoryBytes: readBytes + kvBytes, readBytes };
+    const { moe, ...rest } = layer;
+    const mixture = moe === undefined ? 0 : weightBytes([moe.gate, moe.up, moe.down]);
+    const others = weightBytes([rest, moe?.router, moe?.shared, moe?.sharedGate]);
+    return { memoryBytes: mixture + others + kvBytes, readBytes: mixture * used / experts + others };
   });
-  const head = weights([description.head.norm, description.head.output]);
-  return { layers, embeddingBytes: weights([description.embedding]), head: { memoryBytes: head, readBytes: head } };
+  const head = weightBytes(description.head);
+  const embeddingBytes = weightBytes([description.embedding, description.positions]);
+  return { layers, embeddingBytes, head: { memoryBytes: head, readBytes: head } };
 }
 
-/** The shard of a stage. Every field is named, so that what else a description may hold stays at home. */
+/** Bytes of all tensors in `part`, packed. */
+function weightBytes(part: unknown): number {
+  if (typeof part !== "object" || part === null) return 0;
+  if ("bytes" in part) return (part as TensorRef).bytes * PACKED_RATIO;
+  return Object.values(part).reduce((sum: number, inner) => sum + weightBytes(inner), 0);
+}
+
+/** The shard of a stage. */
 export function shardOf(
   description: ModelDescription,
   { first, end }: Pick<PlacedStage, "first" | "end">,
   settings: ShardSettings,
 ): Shard {
-  const { hyper } = description;
-  const { rope } = hyper;
+  const { hyper, embedding, positions, head, layers } = description;
   return {
     path: settings.path,
     kv: settings.kv,
     maxBatch: settings.maxBatch,
-    hyper: {
-      layers: hyper.layers,
-      embedding: hyper.embedding,
-      heads: hyper.heads,
-      kvHeads: hyper.kvHeads,
-      headDim: hyper.headDim,
-      feedForward: hyper.feedForward,
-      vocab: hyper.vocab,
-      context: settings.context,
-      rmsEps: hyper.rmsEps,
-      rope: { base: rope.base, dims: rope.dims, style: rope.style },
-    },
+    hyper: { ...hyper, context: settings.context },
     first,
     end,
-    embedding: first === 0 ? tensorOf(description.embedding) : null,
-    head: end === hyper.layers
-      ? { norm: tensorOf(description.head.norm), output: tensorOf(description.head.output) }
-      : null,
-    layers: description.layers.slice(first, end).map((layer) => ({
-      attnNorm: tensorOf(layer.attnNorm),
-      q: tensorOf(layer.q),
-      k: tensorOf(layer.k),
-      v: tensorOf(layer.v),
-      o: tensorOf(layer.o),
-      ffnNorm: tensorOf(layer.ffnNorm),
-      gate: tensorOf(layer.gate),
-      up: tensorOf(layer.up),
-      down: tensorOf(layer.down),
-    })),
+    embedding: first === 0 ? embedding : null,
+    ...(first === 0 && positions !== undefined ? { positions } : {}),
+    head: end === hyper.layers ? head : null,
+    layers: layers.slice(first, end),
   };
-}
-
-function tensorOf({ name, type, shape, offset, bytes }: TensorRef): NonNullable<Shard["embedding"]> {
-  return { name, type, shape: [...shape], offset, bytes };
 }

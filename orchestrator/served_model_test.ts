@@ -5,13 +5,19 @@ import { modelCost, shardOf } from "./served_model.ts";
 
 const tensor = (name: string, bytes: number) => ({ name, type: 0, shape: [bytes / 4], offset: 64, bytes });
 const fake = fakeModel().description;
-const layer = Object.fromEntries(Object.keys(fake.layers[0]!).map((name) => [name, tensor(name, 100)]));
+/** Every tensor of `part`, 100 bytes long. */
+function hundred(part: unknown): unknown {
+  if (typeof part !== "object" || part === null) return part;
+  if ("bytes" in part) return tensor("t", 100);
+  return Object.fromEntries(Object.entries(part).map(([key, value]) => [key, hundred(value)]));
+}
+const layer = hundred(fake.layers[0]) as (typeof fake.layers)[number];
 const description = {
   ...fake,
   hyper: { ...fake.hyper, kvHeads: 2, headDim: 8 },
   embedding: tensor("embedding", 1000),
-  head: { norm: tensor("norm", 40), output: tensor("output", 2000) },
-  layers: fake.layers.map(() => layer as unknown as (typeof fake.layers)[number]),
+  head: { norm: { weight: tensor("norm", 40) }, output: { weight: tensor("output", 2000) } },
+  layers: fake.layers.map(() => layer),
 };
 
 Deno.test("modelCost: counts packed weights, KV cache, embedding and head", () => {
@@ -24,6 +30,24 @@ Deno.test("modelCost: counts packed weights, KV cache, embedding and head", () =
   near(modelCost(description, { type: "q8", tokens: 64 }).layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * (8 + 4));
   near(cost.embeddingBytes, 1000 * 1.02);
   near(cost.head.memoryBytes, 2040 * 1.02);
+});
+
+Deno.test("modelCost: a token reads the experts it goes to, the device holds them all", () => {
+  const moe = {
+    router: { weight: tensor("router", 100) },
+    gate: tensor("gate", 800),
+    up: tensor("up", 800),
+    down: tensor("down", 800),
+  };
+  const { mlp: _, ...rest } = layer;
+  const cost = modelCost({
+    ...description,
+    hyper: { ...description.hyper, moe: { experts: 8, used: 2, feedForward: 4, gating: "softmax", normalise: true } },
+    layers: fake.layers.map(() => ({ ...rest, moe })),
+  }, { type: "f16", tokens: 64 });
+  const kv = 2 * 64 * 2 * 8 * 2;
+  assert(Math.abs(cost.layers[0]!.memoryBytes - (600 + 100 + 2400) * 1.02 - kv) < 1e-6);
+  assert(Math.abs(cost.layers[0]!.readBytes - (600 + 100 + 600) * 1.02) < 1e-6);
 });
 
 Deno.test("shardOf: ranges hold their layers, and embedding and head where they belong; all pass the boundary", () => {

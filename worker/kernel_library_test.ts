@@ -101,16 +101,16 @@ Deno.test("openShard: keeps packed weights in the cache, and tells of one that i
       offset: 0,
       bytes: 4 * shape.reduce((product, size) => product * size, 1),
     });
-    const [vector, square] = [tensor(cols), tensor(cols, cols)];
-    const norms = { attnNorm: vector, ffnNorm: vector };
-    const parts = { q: square, k: square, v: square, o: square, gate: square, up: square, down: square };
+    const [norm, square] = [{ weight: tensor(cols) }, { weight: tensor(cols, cols) }];
+    const mlp = { gate: square, up: square, down: square };
+    const layer = { attnNorm: norm, q: square, k: square, v: square, o: square, rope: 0, ffnNorm: norm, mlp };
     const shard = {
       ...shape,
       path,
       kv: { type: "f16", tokens: 32 } as const,
       embedding: tensor(cols, rows),
-      head: { norm: vector, output: tensor(cols, rows) },
-      layers: [{ ...norms, ...parts }],
+      head: { norm, output: { weight: tensor(cols, rows) } },
+      layers: [layer],
     };
     const open = async (cacheDir: string) => {
       const notes: string[] = [];

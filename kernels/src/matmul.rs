@@ -248,7 +248,7 @@ pub fn matmul_all<const N: usize>(
 pub fn matmul_gated(
     ks: &Kernels,
     [gate, up]: [(Plan, &PackedMatrix); 2],
-    activate: fn(&Kernels, &mut [f32], &[f32]),
+    activate: impl Fn(&Kernels, &mut [f32], &[f32]) + Sync,
     act: &Activations,
     y: &mut [f32],
     scratch: &mut [f32],

@@ -276,17 +276,9 @@ export function fakeShard(options: {
 } = {}): Shard {
   const { layers = 6, first = 0, end = layers, vocab = 97, context = 4096, embedding = 4 } = options;
   const tensor = { name: "t", type: 0, shape: [1], offset: 0, bytes: 4 };
-  const layer = {
-    attnNorm: tensor,
-    q: tensor,
-    k: tensor,
-    v: tensor,
-    o: tensor,
-    ffnNorm: tensor,
-    gate: tensor,
-    up: tensor,
-    down: tensor,
-  };
+  const [weight, norm] = [{ weight: tensor }, { weight: tensor }];
+  const mlp = { gate: weight, up: weight, down: weight };
+  const layer = { attnNorm: norm, q: weight, k: weight, v: weight, o: weight, rope: 0, ffnNorm: norm, mlp };
   return {
     path: options.path ?? "fake.gguf",
     kv: { type: "f16", tokens: options.kvTokens ?? 4096 },
@@ -300,13 +292,14 @@ export function fakeShard(options: {
       feedForward: embedding,
       vocab,
       context,
-      rmsEps: 1e-5,
-      rope: { base: 10000, dims: embedding, style: "norm" },
+      norm: { kind: "rms", eps: 1e-5 },
+      activation: "silu",
+      ropes: [{ base: 10000, dims: embedding, style: "norm" }],
     },
     first,
     end,
     embedding: first === 0 ? tensor : null,
-    head: end === layers ? { norm: tensor, output: tensor } : null,
+    head: end === layers ? { norm, output: weight } : null,
     layers: Array.from({ length: end - first }, () => layer),
   };
 }

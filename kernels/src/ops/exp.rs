@@ -1,4 +1,4 @@
-//! The exponential and what is made of it. No library function: those differ between systems.
+//! The exponential. No library function: those differ between systems.
 
 use super::{load_or_zeros, store_within};
 use crate::arch::vector::Vector;
@@ -42,15 +42,5 @@ pub(super) unsafe fn exp_weight<V: Vector>(x: V) -> V {
 pub(crate) unsafe fn exp<V: Vector>(x: &mut [f32], shift: f32) {
     for i in (0..x.len()).step_by(8) {
         store_within(exp_lanes(load_or_zeros::<V>(x, i).sub(V::splat(shift))), x, i);
-    }
-}
-
-#[inline(always)]
-pub(crate) unsafe fn silu_mul<V: Vector>(gate: &mut [f32], up: &[f32]) {
-    let one = V::splat(1.0);
-    for i in (0..gate.len()).step_by(8) {
-        let g = load_or_zeros::<V>(gate, i);
-        let silu = g.div(one.add(exp_lanes(V::zero().sub(g))));
-        store_within(silu.mul(load_or_zeros(up, i)), gate, i);
     }
 }

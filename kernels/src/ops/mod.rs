@@ -4,6 +4,7 @@
 //! `LANES` virtual lanes: element i goes to lane i mod 16, lanes are added as (i) + (i + 8), then by `Vector::reduce_add`.
 //! A tail is padded with zeros, so the order depends on the length alone.
 
+mod activation;
 pub(crate) mod attention;
 mod dot;
 mod elementwise;
@@ -13,6 +14,7 @@ mod norm;
 mod reduce;
 mod rope;
 
+pub use activation::Activation;
 pub(crate) use half::{bf16_to_f32, f16_to_f32, f32_to_f16};
 pub use rope::RopeStyle;
 
@@ -29,9 +31,12 @@ pub const LANES: usize = 16;
 pub(crate) struct FloatOps {
     pub add: unsafe fn(&mut [f32], &[f32]),
     pub scale: unsafe fn(&mut [f32], f32),
-    pub silu_mul: unsafe fn(&mut [f32], &[f32]),
+    pub activate: unsafe fn(&mut [f32], &[f32], Activation),
+    pub softcap: unsafe fn(&mut [f32], f32),
     pub exp: unsafe fn(&mut [f32], f32),
     pub rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    #[allow(clippy::type_complexity)] // four slices and a number
+    pub layer_norm: unsafe fn(&[f32], &[f32], &[f32], f32, &mut [f32]),
     pub dot: unsafe fn(&[f32], &[f32]) -> f32,
     pub dot_f16: unsafe fn(&[f32], &[u16]) -> f32,
     pub axpy: unsafe fn(&mut [f32], f32, &[f32]),
@@ -48,12 +53,13 @@ pub(crate) struct FloatOps {
 
 /// The generic functions under the names of `FloatOps`' fields.
 pub(crate) mod generic {
+    pub(crate) use super::activation::{activate, softcap};
     pub(crate) use super::attention::{attend, merge, to_q8};
     pub(crate) use super::dot::{axpy, axpy_f16, dot, dot_f16};
     pub(crate) use super::elementwise::{add, scale};
-    pub(crate) use super::exp::{exp, silu_mul};
+    pub(crate) use super::exp::exp;
     pub(crate) use super::half::{from_f16, to_f16};
-    pub(crate) use super::norm::rms_norm;
+    pub(crate) use super::norm::{layer_norm, rms_norm};
     pub(crate) use super::reduce::{max, sum};
     pub(crate) use super::rope::rope;
 }
@@ -64,9 +70,11 @@ macro_rules! float_ops {
         $crate::ops::float_ops!(@ $vector, [$($features)?],
             add(x: &mut [f32], y: &[f32]) -> ();
             scale(x: &mut [f32], factor: f32) -> ();
-            silu_mul(gate: &mut [f32], up: &[f32]) -> ();
+            activate(x: &mut [f32], up: &[f32], kind: $crate::ops::Activation) -> ();
+            softcap(x: &mut [f32], cap: f32) -> ();
             exp(x: &mut [f32], shift: f32) -> ();
             rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> ();
+            layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) -> ();
             dot(a: &[f32], b: &[f32]) -> f32;
             dot_f16(a: &[f32], b: &[u16]) -> f32;
             axpy(acc: &mut [f32], a: f32, v: &[f32]) -> ();
@@ -156,11 +164,18 @@ pub fn scale(ks: &Kernels, x: &mut [f32], factor: f32) {
     unsafe { (ks.ops.scale)(x, factor) }
 }
 
-/// gate = silu(gate) · up, where silu(g) = g / (1 + e^−g).
-pub fn silu_mul(ks: &Kernels, gate: &mut [f32], up: &[f32]) {
-    assert_eq!(gate.len(), up.len());
+/// x = kind(x), times `up` if there is one. Beside infinities and NaN, values too large for the function's formula may give
+/// NaN.
+pub fn activate(ks: &Kernels, kind: Activation, x: &mut [f32], up: Option<&[f32]>) {
+    let up = up.inspect(|up| assert_eq!(x.len(), up.len())).unwrap_or(&[]);
     // SAFETY: see above.
-    unsafe { (ks.ops.silu_mul)(gate, up) }
+    unsafe { (ks.ops.activate)(x, up, kind) }
+}
+
+/// x = cap · tanh(x / cap).
+pub fn softcap(ks: &Kernels, x: &mut [f32], cap: f32) {
+    // SAFETY: see above.
+    unsafe { (ks.ops.softcap)(x, cap) }
 }
 
 /// x = e^(x − shift), within 1 unit in the last place for the rounded difference; NaN stays NaN.
@@ -182,6 +197,14 @@ pub fn rms_norm(ks: &Kernels, x: &[f32], weight: &[f32], eps: f32, out: &mut [f3
     assert!(x.len() == weight.len() && x.len() == out.len());
     // SAFETY: see above.
     unsafe { (ks.ops.rms_norm)(x, weight, eps, out) }
+}
+
+/// out = (x − mean(x)) / sqrt(variance(x) + eps) · weight + bias.
+pub fn layer_norm(ks: &Kernels, x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == out.len());
+    let bias = bias.inspect(|bias| assert_eq!(x.len(), bias.len())).unwrap_or(&[]);
+    // SAFETY: see above.
+    unsafe { (ks.ops.layer_norm)(x, weight, bias, eps, out) }
 }
 
 /// Σ a·b.

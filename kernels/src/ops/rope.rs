@@ -3,7 +3,8 @@
 use crate::arch::vector::Vector;
 
 /// Which elements of a head form a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum RopeStyle {
     /// Neighbours: 2i and 2i + 1.
     Norm,

@@ -1,6 +1,7 @@
 //! A contiguous range of a model's layers: packed weights, KV cache and the forward pass.
 
 mod answers;
+mod feed_forward;
 mod progress;
 mod rope;
 mod weights;
@@ -8,11 +9,11 @@ mod weights;
 use crate::attention::{attend, Past};
 use crate::batch::Batch;
 use crate::cores::Pin;
-use crate::descriptor::{Descriptor, Hyper, RopeStyle};
+use crate::descriptor::{Descriptor, Hyper, NormKind};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, BLOCK_TOKENS};
-use crate::matmul::{matmul_all, matmul_by, matmul_gated, Activations};
+use crate::matmul::{matmul_all, matmul_by, Activations};
 use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
@@ -28,7 +29,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use weights::{Head, Weights};
+use weights::{FeedForward, Head, Linear, Mlp, Norm, Weights};
 
 /// An open shard. Forward passes take turns.
 pub struct Shard {
@@ -50,7 +51,7 @@ pub struct Shard {
 /// What a forward pass changes.
 struct State {
     kv: KvCache,
-    rope: RopeTable,
+    ropes: Vec<RopeTable>,
     act: Activations,
     buffers: Buffers,
     profile: Profile,
@@ -70,6 +71,7 @@ struct Buffers {
     up: Vec<f32>,
     delta: Vec<f32>,
     logits: Vec<f32>,
+    experts: feed_forward::Buffers,
 }
 
 /// What a shard tells of itself.
@@ -129,12 +131,13 @@ impl Shard {
         loaded.notes.extend(tuning.warnings.iter().cloned());
         let h = d.hyper.clone();
         let kv = KvCache::new(d.kv.kind, d.kv.tokens, weights.layers.len(), h.kv_heads, h.head_dim)?;
-        let rope = RopeTable::new(h.rope.base, h.rope.dims);
+        let ropes = h.ropes.iter().zip(&weights.rope_factors);
+        let ropes = ropes.map(|(rope, factors)| RopeTable::new(rope, factors, h.context)).collect();
         Ok(Self {
             ks,
             pool,
             inline: Pool::new(1),
-            pass_bytes: weights.pass_bytes(),
+            pass_bytes: weights.pass_bytes(h.moe.as_ref().map_or(0, |moe| moe.used)),
             hyper: h,
             max_batch: d.max_batch,
             weights,
@@ -143,7 +146,7 @@ impl Shard {
             tuning,
             state: Mutex::new(State {
                 kv,
-                rope,
+                ropes,
                 act: Activations::new(),
                 buffers: Buffers::default(),
                 profile: Profile::default(),
@@ -192,10 +195,23 @@ impl Shard {
             matrices.iter().for_each(|w| self.product(&self.pool, w, act, n, &mut b.logits));
             time += start.elapsed();
         };
-        products(h.embedding, &mut self.weights.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.gate, &l.up]));
-        products(h.heads * h.head_dim, &mut self.weights.layers.iter().map(|l| &l.o));
-        products(h.feed_forward, &mut self.weights.layers.iter().map(|l| &l.down));
-        products(h.embedding, &mut self.weights.head.iter().map(|head| &*head.output));
+        let layers = &self.weights.layers;
+        // A token's experts are as good as any.
+        let used = h.moe.as_ref().map_or(0, |moe| moe.used);
+        let mlps: Vec<&Mlp> = layers
+            .iter()
+            .flat_map(|l| match &l.ffn {
+                FeedForward::Mlp(mlp) => vec![mlp],
+                FeedForward::Moe(moe) => moe.experts.iter().take(used).chain(&moe.shared).collect(),
+            })
+            .collect();
+        products(h.embedding, &mut layers.iter().flat_map(|l| [&*l.q.w, &l.k.w, &l.v.w]));
+        for mlp in mlps {
+            products(h.embedding, &mut mlp.gate.iter().chain([&mlp.up]).map(|l| &*l.w));
+            products(mlp.down.w.cols, &mut [&*mlp.down.w].into_iter());
+        }
+        products(h.heads * h.head_dim, &mut layers.iter().map(|l| &*l.o.w));
+        products(h.embedding, &mut self.weights.head.iter().map(|head| &*head.output.w));
         time
     }
 
@@ -206,7 +222,7 @@ impl Shard {
             kv_blocks_total: state.kv.blocks_total(),
             kv_blocks_free: state.kv.blocks_free(),
             block_tokens: BLOCK_TOKENS,
-            weight_bytes: self.pass_bytes + table,
+            weight_bytes: self.weights.bytes() + table,
             cached_bytes: self.loaded.read,
             sequences: state.kv.sequences(),
             weight_bytes_per_token: self.pass_bytes + row,
@@ -254,9 +270,9 @@ impl Shard {
     ) -> Result<()> {
         let h = &self.hyper;
         let (d, dim) = (h.embedding, h.head_dim);
-        let (wide, kv_wide, ff) = (h.heads * dim, h.kv_heads * dim, h.feed_forward);
+        let (wide, kv_wide) = (h.heads * dim, h.kv_heads * dim);
         let ks = self.ks;
-        let State { kv, rope, act, buffers: b, profile } = state;
+        let State { kv, ropes, act, buffers: b, profile } = state;
         let mut n = batch.tokens.len();
         if n == 0 {
             return Ok(());
@@ -272,17 +288,29 @@ impl Shard {
         for (e, entry) in batch.entries.iter().enumerate() {
             rows.extend((0..entry.count).map(|i| (e, entry.pos as usize + i)));
         }
-        rope.grow(rows.iter().map(|&(_, pos)| pos + 1).max().unwrap_or(0));
+        let positions = rows.iter().map(|&(_, pos)| pos + 1).max().unwrap_or(0);
+        ropes.iter_mut().for_each(|rope| rope.grow(positions));
         let blocks: Vec<Vec<u32>> =
             batch.entries.iter().map(|e| kv.get(e.seq).expect("extended before").blocks.clone()).collect();
         let blocks: Vec<&[u32]> = blocks.iter().map(|blocks| &blocks[..]).collect();
 
         resize(&mut b.hidden, n * d);
+        resize(&mut b.delta, n * d);
         match &self.weights.embedding {
             Some(table) => {
-                let out = Shared(b.hidden.as_mut_ptr());
-                // SAFETY: row i is this part's own.
-                pool.run(n, &|i| table.unpack_row(batch.tokens[i] as usize, unsafe { out.part(i * d, d) }));
+                let (out, row) = (Shared(b.hidden.as_mut_ptr()), Shared(b.delta.as_mut_ptr()));
+                pool.run(n, &|i| {
+                    // SAFETY: row i of each is this part's own.
+                    let (out, row) = unsafe { (out.part(i * d, d), row.part(i * d, d)) };
+                    table.unpack_row(batch.tokens[i] as usize, out);
+                    if let Some(scale) = h.embedding_scale {
+                        ops::scale(ks, out, scale);
+                    }
+                    if let Some(positions) = &self.weights.positions {
+                        positions.unpack_row(rows[i].1, row);
+                        ops::add(ks, out, row);
+                    }
+                });
             }
             None => {
                 for (x, bytes) in b.hidden.iter_mut().zip(input.chunks_exact(4)) {
@@ -297,31 +325,34 @@ impl Shard {
             if stop.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
                 return Err(Error::new(Error::STOPPED, "stopped"));
             }
-            self.norm(pool, &b.hidden[..n * d], &layer.attn_norm, &mut b.norm, n);
+            self.norm(pool, layer.attn_norm.as_ref(), &b.hidden[..n * d], d, &mut b.norm);
             profile.end(Step::Norm);
-            act.prepare(ks, &b.norm[..n * d], n, d, &[layer.q.form, layer.k.form, layer.v.form], pool);
+            let forms = [&layer.q, &layer.k, &layer.v].map(|l| l.w.form);
+            act.prepare(ks, &b.norm[..n * d], n, d, &forms, pool);
             profile.end(Step::Quantize);
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
-            let products = [(&layer.q, &mut b.q[..]), (&layer.k, &mut b.k[..]), (&layer.v, &mut b.v[..])]
-                .map(|(w, y)| (self.plans.plan(w, n), w, y));
-            let bytes = products.iter().map(|(_, w, _)| w.bytes()).sum::<usize>();
+            let mut parts = [(&layer.q, &mut b.q[..]), (&layer.k, &mut b.k[..]), (&layer.v, &mut b.v[..])];
+            let bytes = parts.iter().map(|(l, _)| l.w.bytes()).sum::<usize>();
+            let products = parts.each_mut().map(|(l, y)| (self.plans.plan(&l.w, n), &*l.w, &mut **y));
             matmul_all(ks, products, act, self.pool_for(pool, bytes * n));
+            parts.iter_mut().for_each(|(l, y)| self.rest(l, n, y));
             profile.end(Step::QueryKeyValue);
 
-            let style = h.rope.style;
+            let rope = layer.rope.map(|rope| &ropes[rope]);
             let (q, k) = (Shared(b.q.as_mut_ptr()), Shared(b.k.as_mut_ptr()));
             pool.run(n, &|i| {
-                let (cos, sin) = rope.row(rows[i].1);
                 // SAFETY: row i of each is this part's own.
-                let heads = unsafe {
-                    q.part(i * wide, wide)
-                        .chunks_exact_mut(dim)
-                        .chain(k.part(i * kv_wide, kv_wide).chunks_exact_mut(dim))
-                };
-                for head in heads {
-                    rotate(ks, &mut head[..h.rope.dims], cos, sin, style);
+                let (q, k) = unsafe { (q.part(i * wide, wide), k.part(i * kv_wide, kv_wide)) };
+                for (x, norm) in [(q, &layer.q_norm), (k, &layer.k_norm)] {
+                    if let Some(norm) = norm {
+                        self.norm_row(norm, x);
+                    }
+                    if let Some(rope) = rope {
+                        let (cos, sin) = rope.row(rows[i].1);
+                        x.chunks_exact_mut(dim).for_each(|head| ops::rope(ks, head, cos, sin, rope.style));
+                    }
                 }
             });
             for (i, &(e, pos)) in rows.iter().enumerate() {
@@ -339,6 +370,7 @@ impl Shard {
                     batch.entries.iter().flat_map(|e| e.first + e.count - needed_rows(e)..e.first + e.count).collect();
                 for (to, &from) in needed.iter().enumerate() {
                     b.hidden.copy_within(from * d..(from + 1) * d, to * d);
+                    b.norm.copy_within(from * d..(from + 1) * d, to * d);
                     b.q.copy_within(from * wide..(from + 1) * wide, to * wide);
                     rows[to] = rows[from];
                 }
@@ -354,37 +386,36 @@ impl Shard {
                 kv,
                 layer: index,
                 blocks: &blocks,
-                scale: 1.0 / (dim as f32).sqrt(),
-                soft_cap: None,
-                window: None,
+                scale: h.attention_scale.unwrap_or(1.0 / (dim as f32).sqrt()),
+                soft_cap: h.attention_softcap,
+                window: layer.window,
             };
-            let cached: usize = rows.iter().map(|&(_, pos)| pos + 1).sum();
+            let cached: usize = rows.iter().map(|&(_, pos)| layer.window.unwrap_or(pos + 1).min(pos + 1)).sum();
             let pool_here = self.pool_for(pool, cached * wide * 8);
             attend(ks, past, &rows, &b.q[..n * wide], &mut b.attended[..n * wide], &mut b.partials, pool_here);
             profile.end(Step::Attention);
-            act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.form], pool);
+            self.norm_in_place(pool, layer.attn_sub_norm.as_ref(), &mut b.attended[..n * wide], wide);
+            act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.w.form], pool);
             profile.end(Step::Quantize);
-            resize(&mut b.delta, n * d);
-            self.product(pool, &layer.o, act, n, &mut b.delta);
+            self.linear(pool, &layer.o, act, n, &mut b.delta);
             profile.end(Step::Output);
-            ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
-            profile.end(Step::Residual);
+            self.norm_in_place(pool, layer.attn_post_norm.as_ref(), &mut b.delta[..n * d], d);
 
-            self.norm(pool, &b.hidden[..n * d], &layer.ffn_norm, &mut b.norm, n);
+            // A parallel layer's feed-forward starts from the hidden state before attention is added.
+            if !h.parallel {
+                self.add(&mut b.hidden[..n * d], &mut b.delta[..n * d]);
+            }
+            profile.end(Step::Residual);
+            if layer.ffn_norm.is_some() || !h.parallel {
+                self.norm(pool, layer.ffn_norm.as_ref(), &b.hidden[..n * d], d, &mut b.norm);
+            }
             profile.end(Step::Norm);
-            act.prepare(ks, &b.norm[..n * d], n, d, &[layer.gate.form, layer.up.form], pool);
-            profile.end(Step::Quantize);
-            resize(&mut b.gate, n * ff);
-            resize(&mut b.up, n * ff);
-            let gated = [&layer.gate, &layer.up].map(|w| (self.plans.plan(w, n), w));
-            let bytes = gated.iter().map(|(_, w)| w.bytes()).sum::<usize>();
-            matmul_gated(ks, gated, ops::silu_mul, act, &mut b.gate, &mut b.up, self.pool_for(pool, bytes * n));
-            profile.end(Step::GateUp);
-            act.prepare(ks, &b.gate[..n * ff], n, ff, &[layer.down.form], pool);
-            profile.end(Step::Quantize);
-            self.product(pool, &layer.down, act, n, &mut b.delta);
-            profile.end(Step::Down);
-            ops::add(ks, &mut b.hidden[..n * d], &b.delta[..n * d]);
+            if h.parallel {
+                self.add(&mut b.hidden[..n * d], &mut b.delta[..n * d]);
+            }
+            self.feed_forward(pool, &layer.ffn, act, n, b, profile);
+            self.norm_in_place(pool, layer.ffn_post_norm.as_ref(), &mut b.delta[..n * d], d);
+            self.add(&mut b.hidden[..n * d], &mut b.delta[..n * d]);
             profile.end(Step::Residual);
         }
 
@@ -420,17 +451,22 @@ impl Shard {
         let at_once = (LOGITS_BYTES / (4 * vocab)).max(1);
         for (i, rows) in rows.chunks(at_once).enumerate() {
             let n = rows.len();
-            self.norm(pool, &b.hidden[i * at_once * d..][..n * d], norm, &mut b.norm, n);
+            self.norm(pool, Some(norm), &b.hidden[i * at_once * d..][..n * d], d, &mut b.norm);
             profile.end(Step::Norm);
-            act.prepare(ks, &b.norm[..n * d], n, d, &[output.form], pool);
+            act.prepare(ks, &b.norm[..n * d], n, d, &[output.w.form], pool);
             profile.end(Step::Quantize);
-            resize(&mut b.logits, n * vocab);
-            self.product(pool, output, act, n, &mut b.logits);
+            self.linear(pool, output, act, n, &mut b.logits);
             profile.end(Step::Head);
             let (logits, out) = (Shared(b.logits.as_mut_ptr()), Shared(out.as_mut_ptr()));
             self.pool_for(pool, n * vocab * 16).run(n, &|i| {
                 // SAFETY: row i is this part's own.
                 let logits = unsafe { logits.part(i * vocab, vocab) };
+                if let Some(scale) = self.hyper.logit_scale {
+                    ops::scale(ks, logits, scale);
+                }
+                if let Some(cap) = self.hyper.logit_softcap {
+                    ops::softcap(ks, logits, cap);
+                }
                 // SAFETY: `answers` lays them one after the other, and `out` is as long as they are together.
                 let place = |at, len| unsafe { out.part(at, len) };
                 if let Some(at) = rows[i].logits {
@@ -466,12 +502,66 @@ impl Shard {
         matmul_by(self.plans.plan(w, n), self.ks, w, act, y, w.rows, pool);
     }
 
-    fn norm(&self, pool: &Pool, x: &[f32], weight: &[f32], out: &mut Vec<f32>, n: usize) {
-        let (ks, d, eps) = (self.ks, self.hyper.embedding, self.hyper.rms_eps);
-        resize(out, n * d);
-        let out = Shared(out.as_mut_ptr());
+    /// `y = scale·(x · Wᵀ) + bias` for the `n` rows of activations in `act`.
+    fn linear(&self, pool: &Pool, l: &Linear, act: &Activations, n: usize, y: &mut Vec<f32>) {
+        resize(y, n * l.w.rows);
+        self.product(pool, &l.w, act, n, y);
+        self.rest(l, n, y);
+    }
+
+    /// What is left of `linear` behind the product.
+    fn rest(&self, l: &Linear, n: usize, y: &mut [f32]) {
+        for y in y[..n * l.w.rows].chunks_exact_mut(l.w.rows) {
+            if let Some(scale) = l.scale {
+                ops::scale(self.ks, y, scale);
+            }
+            if let Some(bias) = &l.bias {
+                ops::add(self.ks, y, bias);
+            }
+        }
+    }
+
+    /// Normalises rows of `width`, or copies them where there is no norm.
+    fn norm(&self, pool: &Pool, norm: Option<&Norm>, x: &[f32], width: usize, out: &mut Vec<f32>) {
+        resize(out, x.len());
+        out[..x.len()].copy_from_slice(x);
+        self.norm_in_place(pool, norm, &mut out[..x.len()], width);
+    }
+
+    fn norm_in_place(&self, pool: &Pool, norm: Option<&Norm>, x: &mut [f32], width: usize) {
+        let Some(norm) = norm else { return };
+        let (n, x) = (x.len() / width, Shared(x.as_mut_ptr()));
         // SAFETY: row i is this part's own.
-        pool.run(n, &|i| ops::rms_norm(ks, &x[i * d..(i + 1) * d], weight, eps, unsafe { out.part(i * d, d) }));
+        pool.run(n, &|i| self.norm_row(norm, unsafe { x.part(i * width, width) }));
+    }
+
+    /// Normalises each group of a row; groups have weights of their own, or share them.
+    fn norm_row(&self, norm: &Norm, row: &mut [f32]) {
+        thread_local!(static INPUT: RefCell<Vec<f32>> = RefCell::default());
+        let eps = self.hyper.norm.eps;
+        INPUT.with_borrow_mut(|input| {
+            for (i, x) in row.chunks_exact_mut(norm.group).enumerate() {
+                let at = i * norm.group % norm.weight.len();
+                let range = at..at + norm.group;
+                input.clear();
+                input.extend_from_slice(x);
+                match self.hyper.norm.kind {
+                    NormKind::Rms => ops::rms_norm(self.ks, input, &norm.weight[range.clone()], eps, x),
+                    NormKind::Layer => {
+                        let bias = (!norm.bias.is_empty()).then(|| &norm.bias[range.clone()]);
+                        ops::layer_norm(self.ks, input, &norm.weight[range.clone()], bias, eps, x);
+                    }
+                }
+            }
+        });
+    }
+
+    /// Adds what a part of a layer gave to the hidden state.
+    fn add(&self, hidden: &mut [f32], delta: &mut [f32]) {
+        if let Some(scale) = self.hyper.residual_scale {
+            ops::scale(self.ks, delta, scale);
+        }
+        ops::add(self.ks, hidden, delta);
     }
 }
 
@@ -480,12 +570,4 @@ fn resize(buffer: &mut Vec<f32>, len: usize) {
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }
-}
-
-fn rotate(ks: &Kernels, x: &mut [f32], cos: &[f32], sin: &[f32], style: RopeStyle) {
-    let style = match style {
-        RopeStyle::Norm => ops::RopeStyle::Norm,
-        RopeStyle::Neox => ops::RopeStyle::Neox,
-    };
-    ops::rope(ks, x, cos, sin, style);
 }

@@ -1,9 +1,9 @@
 //! A shard's packed weights, as read from the model file.
 
-use crate::descriptor::{self, Descriptor, TensorRef};
+use crate::descriptor::{self, Descriptor, RopeScaling, TensorRef};
 use crate::error::{Error, Result};
 use crate::mapping::ModelFile;
-use crate::pack::{dequantize, PackedMatrix};
+use crate::pack::{dequantize, pack, PackedMatrix, SourceType};
 use crate::pool::Pool;
 use crate::shard::Progress;
 use crate::tune::Tuner;
@@ -14,27 +14,73 @@ use std::sync::Arc;
 /// All that a shard holds of the model.
 pub(super) struct Weights {
     pub embedding: Option<Arc<PackedMatrix>>,
+    /// A row per position, added to the embedding.
+    pub positions: Option<PackedMatrix>,
     pub head: Option<Head>,
     pub layers: Vec<Layer>,
+    /// Factors of every rotary embedding; empty where it has none.
+    pub rope_factors: Vec<Vec<f32>>,
+}
+
+/// A norm's weights; `bias` may be empty.
+pub(super) struct Norm {
+    pub weight: Vec<f32>,
+    pub bias: Vec<f32>,
+    /// Elements that are normalised together.
+    pub group: usize,
+}
+
+/// `y = scale·(W·x) + bias`.
+pub(super) struct Linear {
+    pub w: Arc<PackedMatrix>,
+    pub bias: Option<Vec<f32>>,
+    pub scale: Option<f32>,
 }
 
 /// What makes logits of the last hidden state.
 pub(super) struct Head {
-    pub norm: Vec<f32>,
-    /// May be the embedding.
-    pub output: Arc<PackedMatrix>,
+    pub norm: Norm,
+    /// Its matrix may be the embedding.
+    pub output: Linear,
+}
+
+pub(super) struct Mlp {
+    pub gate: Option<Linear>,
+    pub up: Linear,
+    pub sub_norm: Option<Norm>,
+    pub down: Linear,
+}
+
+pub(super) struct Moe {
+    /// In F32, whatever the file has: a rounding here could choose another expert.
+    pub router: Linear,
+    pub experts: Vec<Mlp>,
+    /// The expert that all tokens go to.
+    pub shared: Option<Mlp>,
+    /// One row, in F32: the shared expert's weight is the sigmoid of its product.
+    pub shared_gate: Option<Linear>,
+}
+
+pub(super) enum FeedForward {
+    Mlp(Mlp),
+    Moe(Moe),
 }
 
 pub(super) struct Layer {
-    pub attn_norm: Vec<f32>,
-    pub q: PackedMatrix,
-    pub k: PackedMatrix,
-    pub v: PackedMatrix,
-    pub o: PackedMatrix,
-    pub ffn_norm: Vec<f32>,
-    pub gate: PackedMatrix,
-    pub up: PackedMatrix,
-    pub down: PackedMatrix,
+    pub attn_norm: Option<Norm>,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub q_norm: Option<Norm>,
+    pub k_norm: Option<Norm>,
+    pub rope: Option<usize>,
+    pub window: Option<usize>,
+    pub attn_sub_norm: Option<Norm>,
+    pub o: Linear,
+    pub attn_post_norm: Option<Norm>,
+    pub ffn_norm: Option<Norm>,
+    pub ffn: FeedForward,
+    pub ffn_post_norm: Option<Norm>,
 }
 
 /// Where tensors come from and what packs them.
@@ -46,31 +92,110 @@ struct Loader<'a, 't> {
 }
 
 impl Loader<'_, '_> {
-    fn matrix(&self, t: &TensorRef) -> Result<PackedMatrix> {
+    fn matrix(&self, t: &TensorRef) -> Result<Arc<PackedMatrix>> {
+        self.packed(t, 0, self.file.tensor(t)?).map(Arc::new)
+    }
+
+    /// The matrix of `t`'s columns and rows that these bytes of it are, from `at` on.
+    fn packed(&self, t: &TensorRef, at: usize, bytes: &[u8]) -> Result<PackedMatrix> {
         let ty = t.source_type()?;
         let (rows, cols) = (t.shape[1], t.shape[0]);
-        let source = Source { ty, rows, cols, offset: t.offset, bytes: self.file.tensor(t)? };
+        let source = Source { ty, rows, cols, offset: t.offset + at as u64, bytes };
         let form = self.tuner.borrow_mut().form(ty, rows, cols);
         self.cache.matrix(form, source, self.file.file(), self.pool).map_err(|e| named(t, e))
     }
 
-    fn vector(&self, t: &TensorRef) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; t.shape[0]];
+    /// All of a tensor's weights.
+    fn floats(&self, t: &TensorRef) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; t.shape.iter().product()];
         dequantize(t.source_type()?, self.file.tensor(t)?, &mut out).map_err(|e| named(t, e))?;
         Ok(out)
     }
 
+    fn with(&self, w: Arc<PackedMatrix>, l: &descriptor::Linear) -> Result<Linear> {
+        let bias = l.bias.as_ref().map(|t| self.floats(t)).transpose()?;
+        let scale = l.scale.as_ref().map(|t| self.floats(t)).transpose()?;
+        Ok(Linear { w, bias, scale: scale.map(|scale| scale[0]) })
+    }
+
+    fn linear(&self, l: &descriptor::Linear) -> Result<Linear> {
+        self.with(self.matrix(&l.weight)?, l)
+    }
+
+    /// In F32, from any type.
+    fn exact(&self, l: &descriptor::Linear) -> Result<Linear> {
+        let t = &l.weight;
+        let bytes: Vec<u8> = self.floats(t)?.into_iter().flat_map(f32::to_le_bytes).collect();
+        let w = pack(SourceType::F32, &bytes, t.shape[1], t.shape[0], self.pool).map_err(|e| named(t, e))?;
+        self.with(Arc::new(w), l)
+    }
+
+    fn norm(&self, n: &descriptor::Norm) -> Result<Norm> {
+        let bias = n.bias.as_ref().map(|t| self.floats(t)).transpose()?.unwrap_or_default();
+        Ok(Norm { weight: self.floats(&n.weight)?, bias, group: n.weight.shape[0] })
+    }
+
+    fn maybe(&self, n: &Option<descriptor::Norm>) -> Result<Option<Norm>> {
+        n.as_ref().map(|n| self.norm(n)).transpose()
+    }
+
+    fn mlp(&self, m: &descriptor::Mlp) -> Result<Mlp> {
+        Ok(Mlp {
+            gate: m.gate.as_ref().map(|gate| self.linear(gate)).transpose()?,
+            up: self.linear(&m.up)?,
+            sub_norm: self.maybe(&m.sub_norm)?,
+            down: self.linear(&m.down)?,
+        })
+    }
+
+    /// Matrix `i` of a tensor of several.
+    fn expert(&self, t: &TensorRef, i: usize) -> Result<Linear> {
+        let ty = t.source_type()?;
+        if ty.trailer_bytes() != 0 {
+            return Err(Error::data(format!("tensor {}: {ty:?} holds one matrix only, no experts", t.name)));
+        }
+        let size = ty.tensor_bytes(t.shape[1], t.shape[0])?;
+        let w = self.packed(t, i * size, &self.file.tensor(t)?[i * size..][..size])?;
+        Ok(Linear { w: Arc::new(w), bias: None, scale: None })
+    }
+
+    fn moe(&self, m: &descriptor::Moe) -> Result<Moe> {
+        let expert = |i| {
+            Ok(Mlp {
+                gate: m.gate.as_ref().map(|t| self.expert(t, i)).transpose()?,
+                up: self.expert(&m.up, i)?,
+                sub_norm: None,
+                down: self.expert(&m.down, i)?,
+            })
+        };
+        Ok(Moe {
+            router: self.exact(&m.router)?,
+            experts: (0..m.up.shape[2]).map(expert).collect::<Result<_>>()?,
+            shared: m.shared.as_ref().map(|shared| self.mlp(shared)).transpose()?,
+            shared_gate: m.shared_gate.as_ref().map(|gate| self.exact(gate)).transpose()?,
+        })
+    }
+
     fn layer(&self, l: &descriptor::Layer) -> Result<Layer> {
         Ok(Layer {
-            attn_norm: self.vector(&l.attn_norm)?,
-            q: self.matrix(&l.q)?,
-            k: self.matrix(&l.k)?,
-            v: self.matrix(&l.v)?,
-            o: self.matrix(&l.o)?,
-            ffn_norm: self.vector(&l.ffn_norm)?,
-            gate: self.matrix(&l.gate)?,
-            up: self.matrix(&l.up)?,
-            down: self.matrix(&l.down)?,
+            attn_norm: self.maybe(&l.attn_norm)?,
+            q: self.linear(&l.q)?,
+            k: self.linear(&l.k)?,
+            v: self.linear(&l.v)?,
+            q_norm: self.maybe(&l.q_norm)?,
+            k_norm: self.maybe(&l.k_norm)?,
+            rope: l.rope,
+            window: l.window,
+            attn_sub_norm: self.maybe(&l.attn_sub_norm)?,
+            o: self.linear(&l.o)?,
+            attn_post_norm: self.maybe(&l.attn_post_norm)?,
+            ffn_norm: self.maybe(&l.ffn_norm)?,
+            ffn: match (&l.mlp, &l.moe) {
+                (Some(mlp), _) => FeedForward::Mlp(self.mlp(mlp)?),
+                (None, Some(moe)) => FeedForward::Moe(self.moe(moe)?),
+                (None, None) => return Err(Error::argument("a layer has no feed-forward")),
+            },
+            ffn_post_norm: self.maybe(&l.ffn_post_norm)?,
         })
     }
 }
@@ -88,46 +213,101 @@ impl Weights {
         tuner: &RefCell<Tuner<'_>>,
         progress: &Progress,
     ) -> Result<(Self, CacheReport)> {
+        let h = &d.hyper;
         let loader = Loader { file: ModelFile::open(&d.path)?, cache: Cache::new(d.cache.as_ref()), pool, tuner };
         progress.begin(d.layers.len() + d.embedding.iter().count() + d.head.iter().count());
-        let embedding = d.embedding.as_ref().map(|t| loader.matrix(t).map(Arc::new)).transpose()?;
+        let embedding = d.embedding.as_ref().map(|t| loader.matrix(t)).transpose()?;
+        let positions = d.positions.as_ref().map(|t| loader.packed(t, 0, loader.file.tensor(t)?)).transpose()?;
         progress.advance(embedding.iter().count());
         let output = |t: &TensorRef| match (&embedding, &d.embedding) {
             (Some(packed), Some(e)) if e.offset == t.offset && e.kind == t.kind && e.shape == t.shape => {
                 Ok(packed.clone())
             }
-            _ => loader.matrix(t).map(Arc::new),
+            _ => loader.matrix(t),
         };
         let head = match &d.head {
-            Some(h) => Some(Head { norm: loader.vector(&h.norm)?, output: output(&h.output)? }),
+            Some(h) => {
+                let output = loader.with(output(&h.output.weight)?, &h.output)?;
+                Some(Head { norm: loader.norm(&h.norm)?, output })
+            }
             None => None,
         };
         progress.advance(head.iter().count());
+        let factors = h.ropes.iter().map(|rope| match &rope.scaling {
+            Some(RopeScaling::Factors { factors }) => loader.floats(factors),
+            Some(RopeScaling::Longrope { short, long, original, .. }) => {
+                loader.floats(if h.context > *original { long } else { short })
+            }
+            _ => Ok(Vec::new()),
+        });
+        let rope_factors = factors.collect::<Result<Vec<_>>>()?;
+        if rope_factors.iter().flatten().any(|&factor| !(factor.is_finite() && factor > 0.0)) {
+            return Err(Error::data("a factor of a rotary embedding is not positive"));
+        }
         let mut layers = Vec::with_capacity(d.layers.len());
         for layer in &d.layers {
             layers.push(loader.layer(layer)?);
             progress.advance(1);
         }
-        Ok((Self { embedding, head, layers }, loader.cache.close()))
+        Ok((Self { embedding, positions, head, layers, rope_factors }, loader.cache.close()))
     }
 
-    /// Bytes that a pass over one token reads, the embedding's row aside.
-    pub fn pass_bytes(&self) -> usize {
-        let head = self.head.as_ref().map_or(0, |h| 4 * h.norm.len() + h.output.bytes());
-        self.layers.iter().map(Layer::bytes).sum::<usize>() + head
+    /// Bytes held, but for the embedding's when it is not the head's too.
+    pub fn bytes(&self) -> usize {
+        let head = self.head.as_ref().map_or(0, |h| h.norm.bytes() + h.output.bytes());
+        let positions = self.positions.as_ref().map_or(0, PackedMatrix::bytes);
+        self.layers.iter().map(|l| l.bytes(None)).sum::<usize>() + head + positions
+    }
+
+    /// Bytes that a pass over one token reads, the embedding's row aside; `used` experts of a mixture.
+    pub fn pass_bytes(&self, used: usize) -> usize {
+        let head = self.head.as_ref().map_or(0, |h| h.norm.bytes() + h.output.bytes());
+        self.layers.iter().map(|l| l.bytes(Some(used))).sum::<usize>() + head
     }
 
     /// Bytes of the embedding that are not the head's too, and of one of its rows.
     pub fn table_bytes(&self) -> (usize, usize) {
         let Some(table) = &self.embedding else { return (0, 0) };
-        let tied = self.head.as_ref().is_some_and(|h| Arc::ptr_eq(&h.output, table));
+        let tied = self.head.as_ref().is_some_and(|h| Arc::ptr_eq(&h.output.w, table));
         (if tied { 0 } else { table.bytes() }, table.bytes() / table.rows.max(1))
     }
 }
 
-impl Layer {
+impl Norm {
     fn bytes(&self) -> usize {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down].iter().map(|m| m.bytes()).sum::<usize>()
-            + 4 * (self.attn_norm.len() + self.ffn_norm.len())
+        4 * (self.weight.len() + self.bias.len())
+    }
+}
+
+impl Linear {
+    fn bytes(&self) -> usize {
+        self.w.bytes() + 4 * self.bias.as_ref().map_or(0, Vec::len)
+    }
+}
+
+impl Mlp {
+    fn bytes(&self) -> usize {
+        self.gate.as_ref().map_or(0, Linear::bytes)
+            + self.up.bytes()
+            + self.down.bytes()
+            + self.sub_norm.as_ref().map_or(0, Norm::bytes)
+    }
+}
+
+impl Layer {
+    /// Bytes of all experts, or of so many.
+    fn bytes(&self, experts: Option<usize>) -> usize {
+        let norms = [&self.attn_norm, &self.q_norm, &self.k_norm, &self.attn_sub_norm, &self.attn_post_norm];
+        let norms = norms.into_iter().chain([&self.ffn_norm, &self.ffn_post_norm]).flatten().map(Norm::bytes);
+        let ffn = match &self.ffn {
+            FeedForward::Mlp(mlp) => mlp.bytes(),
+            FeedForward::Moe(moe) => {
+                moe.router.bytes()
+                    + moe.experts.iter().take(experts.unwrap_or(usize::MAX)).map(Mlp::bytes).sum::<usize>()
+                    + moe.shared.as_ref().map_or(0, Mlp::bytes)
+                    + moe.shared_gate.as_ref().map_or(0, Linear::bytes)
+            }
+        };
+        [&self.q, &self.k, &self.v, &self.o].iter().map(|l| l.bytes()).sum::<usize>() + norms.sum::<usize>() + ffn
     }
 }

@@ -1,6 +1,7 @@
 //! Products: every instruction set gives portable's bits, and portable gives the specified ones.
 
 use crate::{assert_same, is_float, scale_at, source, stride, Random, Weights};
+use lutra_kernels::ops::Activation;
 use lutra_kernels::{
     available, dequantize, matmul, matmul_all, matmul_by, matmul_gated, ops, pack, pack_as, select, Activations,
     Kernels, PackedForm, PackedMatrix, Plan, Pool, SourceType,
@@ -406,9 +407,11 @@ fn products_in_one_job_are_those_of_each_alone() {
                 }
                 for (w, other) in matrices.iter().zip(&others) {
                     let mut expected = alone(w);
-                    ops::silu_mul(ks, &mut expected, &alone(other));
+                    ops::activate(ks, Activation::Silu, &mut expected, Some(&alone(other)));
                     let (mut y, mut scratch) = (vec![f32::NAN; n * w.rows], vec![f32::NAN; n * w.rows]);
-                    matmul_gated(ks, [w, other].map(|w| (plan, w)), ops::silu_mul, &act, &mut y, &mut scratch, &pool);
+                    let silu =
+                        |ks: &Kernels, x: &mut [f32], up: &[f32]| ops::activate(ks, Activation::Silu, x, Some(up));
+                    matmul_gated(ks, [w, other].map(|w| (plan, w)), silu, &act, &mut y, &mut scratch, &pool);
                     assert_same(&y, &expected, &format!("{} gated {w:?} × {n}, {threads} threads", ks.isa));
                 }
             }

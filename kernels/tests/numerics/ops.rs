@@ -1,7 +1,7 @@
 //! Float operations: every instruction set gives portable's bits, and they are near the exact values.
 
 use crate::{assert_same, same, Random};
-use lutra_kernels::ops::{self, RopeStyle};
+use lutra_kernels::ops::{self, Activation, RopeStyle};
 use lutra_kernels::{available, select, Kernels};
 
 const LENGTHS: [usize; 14] = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 172, 1000];
@@ -27,6 +27,8 @@ fn all_ops(ks: &Kernels, x: &[f32], y: &[f32], half: &[u16]) -> Vec<(&'static st
     };
     let mut normed = vec![0.0; n];
     ops::rms_norm(ks, x, y, 1e-5, &mut normed);
+    let mut layer_normed = vec![0.0; n];
+    ops::layer_norm(ks, x, y, Some(y), 1e-5, &mut layer_normed);
     let mut halves = vec![0u16; n];
     ops::to_f16(ks, x, &mut halves);
     let mut floats = vec![0.0; n];
@@ -37,10 +39,16 @@ fn all_ops(ks: &Kernels, x: &[f32], y: &[f32], half: &[u16]) -> Vec<(&'static st
     vec![
         ("add", on(&|x| ops::add(ks, x, y))),
         ("scale", on(&|x| ops::scale(ks, x, 1.7))),
-        ("silu_mul", on(&|x| ops::silu_mul(ks, x, y))),
+        ("silu", on(&|x| ops::activate(ks, Activation::Silu, x, Some(y)))),
+        ("gelu", on(&|x| ops::activate(ks, Activation::Gelu, x, Some(y)))),
+        ("gelu tanh", on(&|x| ops::activate(ks, Activation::GeluTanh, x, None))),
+        ("relu", on(&|x| ops::activate(ks, Activation::Relu, x, None))),
+        ("relu squared", on(&|x| ops::activate(ks, Activation::ReluSquared, x, Some(y)))),
+        ("softcap", on(&|x| ops::softcap(ks, x, 30.0))),
         ("exp", on(&|x| ops::exp(ks, x, 0.3))),
         ("softmax", on(&|x| ops::softmax(ks, x))),
         ("rms_norm", normed),
+        ("layer_norm", layer_normed),
         ("dot", vec![ops::dot(ks, x, y)]),
         ("dot_f16", vec![ops::dot_f16(ks, x, half)]),
         ("axpy", on(&|x| ops::axpy(ks, x, 0.37, y))),
@@ -135,9 +143,15 @@ fn results_are_near_the_exact_ones() {
         near(ops::dot(ks, &x, &w), products().sum(), products().map(f64::abs).sum(), "dot");
         near(ops::sum(ks, &x), x64.iter().sum(), x64.iter().map(|v| v.abs()).sum(), "sum");
         out.copy_from_slice(&x);
-        ops::silu_mul(ks, &mut out, &w);
+        ops::activate(ks, Activation::Silu, &mut out, Some(&w));
         for i in 0..n {
-            near(out[i], x64[i] / (1.0 + (-x64[i]).exp()) * w64[i], 0.0, "silu_mul");
+            near(out[i], x64[i] / (1.0 + (-x64[i]).exp()) * w64[i], 0.0, "silu");
+        }
+        ops::layer_norm(ks, &x, &w, Some(&x), 1e-5, &mut out);
+        let mean = x64.iter().sum::<f64>() / n as f64;
+        let deviation = (x64.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64 + 1e-5).sqrt();
+        for i in 0..n {
+            near(out[i], (x64[i] - mean) / deviation * w64[i] + x64[i], 10.0, "layer_norm");
         }
         out.copy_from_slice(&x);
         ops::softmax(ks, &mut out);
@@ -146,6 +160,66 @@ fn results_are_near_the_exact_ones() {
             near(out[i], x64[i].exp() / total, 0.0, "softmax");
         }
     }
+}
+
+/// Against exact values at points of the real line; Φ by its power series near 0 and its continued fraction beyond.
+#[test]
+fn activations_are_accurate_from_tail_to_tail() {
+    fn phi(x: f64) -> f64 {
+        let density = (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+        let a = x.abs();
+        let upper = if a < 3.0 {
+            let (mut term, mut sum) = (a, a);
+            for n in 1..100 {
+                term *= a * a / (2 * n + 1) as f64;
+                sum += term;
+            }
+            0.5 - density * sum
+        } else {
+            density / (1..200).rev().fold(a, |fraction, n| a + n as f64 / fraction)
+        };
+        if x > 0.0 {
+            1.0 - upper
+        } else {
+            upper
+        }
+    }
+    assert!((phi(1.0) - 0.841_344_746_068_543).abs() < 1e-14 && (phi(-4.0) - 3.167_124_183_311_99e-5).abs() < 1e-17);
+    type Exact = fn(f64) -> f64;
+    let tanh_gelu: Exact =
+        |x| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+    let cases: [(Activation, Exact); 5] = [
+        (Activation::Silu, |x| x / (1.0 + (-x).exp())),
+        (Activation::Gelu, |x| x * phi(x)),
+        (Activation::GeluTanh, tanh_gelu),
+        (Activation::Relu, |x| x.max(0.0)),
+        (Activation::ReluSquared, |x| x.max(0.0).powi(2)),
+    ];
+    let ks = select(None).unwrap();
+    for i in -2000..=2000 {
+        let x = i as f32 / 100.0;
+        for (kind, exact) in cases {
+            let mut y = [x];
+            ops::activate(ks, kind, &mut y, None);
+            let exact = exact(f64::from(x));
+            assert!(
+                (f64::from(y[0]) - exact).abs() <= 4e-7 * exact.abs().max(1.0),
+                "{kind:?}({x}): {} for {exact}",
+                y[0]
+            );
+        }
+        let mut y = [10.0 * x];
+        ops::softcap(ks, &mut y, 30.0);
+        let exact = 30.0 * (f64::from(10.0 * x) / 30.0).tanh();
+        assert!((f64::from(y[0]) - exact).abs() <= 6e-6, "softcap({}): {} for {exact}", 10.0 * x, y[0]);
+    }
+    let mut special = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, -1e30, 0.0];
+    ops::activate(ks, Activation::Gelu, &mut special, None);
+    assert_eq!((special[0], special[1], special[3], special[4], special[5]), (f32::INFINITY, 0.0, f32::MAX, 0.0, 0.0));
+    assert!(special[2].is_nan());
+    let mut special = [f32::INFINITY, f32::NEG_INFINITY, 1e30];
+    ops::softcap(ks, &mut special, 50.0);
+    assert_eq!(special, [50.0, -50.0, 50.0]);
 }
 
 #[test]

@@ -140,8 +140,8 @@ impl Model {
             "layers": number("block_count"), "embedding": number("embedding_length"), "heads": number("attention.head_count"),
             "kvHeads": number("attention.head_count_kv"), "headDim": head_dim, "feedForward": number("feed_forward_length"),
             "vocab": tensors["token_embd.weight"]["shape"][1], "context": number("context_length"),
-            "rmsEps": get("attention.layer_norm_rms_epsilon").unwrap(),
-            "rope": {"base": get("rope.freq_base").unwrap_or(json!(10000.0)), "dims": head_dim, "style": "norm"},
+            "norm": {"kind": "rms", "eps": get("attention.layer_norm_rms_epsilon").unwrap()}, "activation": "silu",
+            "ropes": [{"base": get("rope.freq_base").unwrap_or(json!(10000.0)), "dims": head_dim, "style": "norm"}],
         });
         Model { path, hyper, tensors }
     }
@@ -158,11 +158,11 @@ impl Model {
     pub fn descriptor(&self, first: usize, end: usize, run: Run<'_>) -> Value {
         let tensor = |name: &str| self.tensors[name].clone();
         let layer = |i: usize| {
-            let part = |name: &str| tensor(&format!("blk.{i}.{name}.weight"));
+            let part = |name: &str| json!({"weight": tensor(&format!("blk.{i}.{name}.weight"))});
             json!({
                 "attnNorm": part("attn_norm"), "q": part("attn_q"), "k": part("attn_k"), "v": part("attn_v"),
-                "o": part("attn_output"), "ffnNorm": part("ffn_norm"), "gate": part("ffn_gate"), "up": part("ffn_up"),
-                "down": part("ffn_down"),
+                "o": part("attn_output"), "rope": 0, "ffnNorm": part("ffn_norm"),
+                "mlp": {"gate": part("ffn_gate"), "up": part("ffn_up"), "down": part("ffn_down")},
             })
         };
         let output = if self.tensors.contains_key("output.weight") { "output.weight" } else { "token_embd.weight" };
@@ -171,7 +171,7 @@ impl Model {
             "maxBatch": run.max_batch, "hyper": self.hyper, "first": first, "end": end,
             "embedding": if first == 0 { tensor("token_embd.weight") } else { Value::Null },
             "head": if end == self.size("layers") {
-                json!({"norm": tensor("output_norm.weight"), "output": tensor(output)})
+                json!({"norm": {"weight": tensor("output_norm.weight")}, "output": {"weight": tensor(output)}})
             } else {
                 Value::Null
             },

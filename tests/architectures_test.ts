@@ -1,0 +1,42 @@
+/** Every architecture against `transformers` (see `architectures.ts`), and by itself: the same bits however it is computed. */
+import assert from "node:assert/strict";
+import { compare, goldens, logitsOf } from "./architectures.ts";
+import { sameBits } from "./cluster.ts";
+import { repoPath } from "./data.ts";
+import { ARCHITECTURES } from "../model/mod.ts";
+import { loadKernels } from "../worker/mod.ts";
+
+for (const golden of goldens) {
+  const name = `${golden.name}, context ${golden.context}`;
+
+  Deno.test(`${name}: prefill and decode equal transformers'`, async () => {
+    const { prefill, decode, relative, same, otherArgmax } = await compare(golden);
+    assert.ok(same, "decode on two shards gives other bits than prefill on one");
+    if (golden.tolerance > 0) {
+      assert.ok(prefill <= golden.tolerance && decode <= golden.tolerance, `logits differ by ${prefill} and ${decode}`);
+      assert.equal(otherArgmax, 0);
+    } else {
+      // Twice two roundings per part and the head's, each of 0.64 %: golden_test.ts derives it.
+      const bound = 2 * 0.0064 * Math.sqrt(4 * 2 + 1);
+      assert.ok(relative <= bound, `relative error ${relative} exceeds ${bound}`);
+    }
+  });
+
+  Deno.test(`${name}: the same bits on every instruction set, with threads, chunks and neighbours`, async () => {
+    const reference = await logitsOf(golden, { isa: "portable", kvType: "f16" });
+    for (const isa of loadKernels().deviceInfo().available) {
+      const options = { isa, kvType: "f16", threads: 2, shards: 2, chunk: 7, beside: true } as const;
+      assert.ok(sameBits(await logitsOf(golden, options), reference), isa);
+    }
+  });
+}
+
+Deno.test("architectures: each has a golden, a line in the README, and a recorded result", () => {
+  const readme = Deno.readTextFileSync(repoPath("README.md"));
+  const results = Deno.readTextFileSync(repoPath("tests", "architectures.md"));
+  for (const { name, models } of ARCHITECTURES) {
+    assert.ok(goldens.some((golden) => golden.architecture === name), `no golden for ${name}`);
+    assert.ok(readme.includes(`\`${name}\``) && readme.includes(models), `the README does not list ${name}: ${models}`);
+  }
+  for (const { name } of goldens) assert.ok(results.includes(`\n| ${name} `), `no result of ${name}`);
+});
