@@ -1,6 +1,13 @@
 import assert from "node:assert/strict";
-import { clusterSubjects, encodeJson, InProcessBus, WIRE_VERSION } from "../bus/mod.ts";
-import type { Hello } from "../bus/mod.ts";
+import {
+  clusterSubjects,
+  controlRequestSchema,
+  decodeJson,
+  encodeJson,
+  InProcessBus,
+  WIRE_VERSION,
+} from "../bus/mod.ts";
+import type { BusState, Hello, Subscription } from "../bus/mod.ts";
 import { Membership, WORKER_ABI_VERSION } from "./membership.ts";
 
 const { hello: subject, discover } = clusterSubjects("local");
@@ -61,6 +68,113 @@ Deno.test("Membership: tells who leaves", async () => {
   await bus.flush();
   assert.deepEqual(left, ["a"]);
   assert.deepEqual(membership.workers.map((w) => w.id), ["b"]);
+  membership.close();
+  await bus.close();
+});
+
+/** A bus whose connection can be taken away. */
+class FrailBus extends InProcessBus {
+  now: BusState = "connected";
+  readonly #watchers = new Set<(state: BusState) => void>();
+  override get state(): BusState {
+    return this.now;
+  }
+  override watch(handler?: (state: BusState) => void): Subscription {
+    if (handler !== undefined) this.#watchers.add(handler);
+    return { unsubscribe: () => void this.#watchers.delete(handler!) };
+  }
+  set(state: BusState): void {
+    this.now = state;
+    for (const watcher of this.#watchers) watcher(state);
+  }
+}
+
+const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+
+Deno.test("Membership: a silent worker is lost, one that beats is not, and nobody is while the bus is away", async () => {
+  const bus = new FrailBus();
+  const left: string[] = [];
+  const membership = new Membership(bus, "local", {
+    lostMs: 200,
+    onLeave: (id, reason) => left.push(`${id}: ${reason}`),
+  });
+  bus.publish(subject, hello("mute"));
+  bus.publish(subject, hello("alive"));
+  await bus.flush();
+  const beat = setInterval(() => bus.publish(subject, hello("alive")), 20);
+  while (left.length === 0) await pause(5);
+  assert.deepEqual(left, ["mute: worker mute is silent for 0.2 s"]);
+  assert.deepEqual(membership.workers.map((w) => w.id), ["alive"]);
+  clearInterval(beat);
+  bus.set("disconnected");
+  await pause(450);
+  assert.equal(left.length, 1, "nobody was to be heard");
+  let asked = 0;
+  const spy = bus.subscribe(discover, () => asked++);
+  bus.set("connected");
+  await bus.flush();
+  assert.equal(asked, 1);
+  while (left.length === 1) await pause(5);
+  assert.match(left[1]!, /alive is silent/);
+  spy.unsubscribe();
+  membership.close();
+  assert.equal(bus.subscriptions, 0);
+  await bus.close();
+});
+
+Deno.test("Membership: a process that was held up does not take its own delay for others' silence", async () => {
+  const bus = new InProcessBus();
+  const left: string[] = [];
+  const membership = new Membership(bus, "local", { lostMs: 200, onLeave: (id) => left.push(id) });
+  bus.publish(subject, hello("a"));
+  await bus.flush();
+  const until = performance.now() + 500;
+  while (performance.now() < until); // the event loop stands still
+  await pause(0); // the overdue tick runs
+  bus.publish(subject, hello("a"));
+  await bus.flush();
+  assert.deepEqual(left, []);
+  membership.close();
+  await bus.close();
+});
+
+Deno.test("Membership: a new session means that what was held is gone; two of one name are refused, and told so", async () => {
+  const bus = new InProcessBus();
+  const left: string[] = [];
+  const told: string[] = [];
+  const control = bus.subscribe(clusterSubjects("local").control("a"), (message) => {
+    const request = decodeJson(controlRequestSchema, message.data);
+    if (request.type === "refuse") told.push(request.reason);
+  });
+  const membership = new Membership(bus, "local", { onLeave: (id, reason) => left.push(`${id}: ${reason}`) });
+  bus.publish(subject, hello("a", { session: "one-0" }));
+  bus.publish(subject, hello("a", { session: "one-0", epoch: 4 }));
+  await bus.flush();
+  assert.deepEqual(left, []);
+  bus.publish(subject, hello("a", { session: "two-0" }));
+  await bus.flush();
+  assert.deepEqual(left, ["a: worker a began anew"]);
+  assert.equal(membership.newestEpoch, 4, "what it saw before counts still");
+  bus.publish(subject, hello("a", { session: "one-0" }));
+  await bus.flush();
+  await bus.flush();
+  assert.deepEqual(membership.workers, []);
+  assert.deepEqual(told, ["two workers call themselves a: give one another name with --id"]);
+  control.unsubscribe();
+  membership.close();
+  await bus.close();
+});
+
+Deno.test("Membership: a worker of another wire version is refused by name, whatever else its announcement holds", async () => {
+  const bus = new InProcessBus();
+  const refused: string[] = [];
+  const membership = new Membership(bus, "local", { onRefuse: (id, reason) => refused.push(`${id} | ${reason}`) });
+  const foreign = { type: "hello", id: "new", versions: { abi: 9, wire: 7 }, news: [1] };
+  for (let i = 0; i < 2; i++) bus.publish(subject, new TextEncoder().encode(JSON.stringify(foreign)));
+  await bus.flush();
+  assert.equal(refused.length, 1);
+  assert.match(refused[0]!, /^new \| new has wire version 7 and ABI version 9, not \d+ and \d+$/);
+  assert.deepEqual([...membership.refused.keys()], ["new"]);
   membership.close();
   await bus.close();
 });
