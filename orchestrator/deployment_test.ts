@@ -1,0 +1,66 @@
+/** The deployment with workers that send heartbeats: what they alone can tell. */
+import assert from "node:assert/strict";
+import { InProcessBus } from "../bus/mod.ts";
+import type { PublishOptions } from "../bus/mod.ts";
+import { continuation, fakeModel, read, settled } from "../tests/fakes/cluster.ts";
+import { FakeKernels } from "../tests/fakes/kernels.ts";
+import { Worker } from "../worker/worker.ts";
+import { Engine } from "./engine.ts";
+
+const request = { promptTokens: [5, 6, 7], maxTokens: 40, sampling: { temperature: 0 }, ignoreEos: true };
+
+const startWorker = (bus: InProcessBus, id: string) =>
+  Worker.start({
+    bus,
+    kernels: new FakeKernels(),
+    id,
+    memoryBytes: 1e9,
+    bandwidthGBps: 10,
+    heartbeatMs: 20,
+    log: () => {},
+  });
+
+Deno.test("Deployment: a message that is lost is noticed by workers that do nothing, long before the step's limit", async () => {
+  class LossyBus extends InProcessBus {
+    lose = 0;
+    override publish(subject: string, data: Uint8Array, options?: PublishOptions): void {
+      if (/stage|results/.test(subject) && this.lose > 0 && --this.lose === 0) return;
+      super.publish(subject, data, options);
+    }
+  }
+  const bus = new LossyBus();
+  const workers = [await startWorker(bus, "a"), await startWorker(bus, "b")];
+  const told: string[] = [];
+  const engine = await Engine.start({
+    ...{ bus, model: fakeModel(), workers: 2, shards: 2, lostMs: 60_000 },
+    log: (text) => told.push(text),
+  });
+  for (const lose of [5, 6]) { // to the second stage, and to the orchestrator
+    bus.lose = lose;
+    assert.deepEqual((await read(engine.generate(request))).ids, continuation([5, 6, 7], 40));
+  }
+  assert.equal(told.filter((text) => /a message was lost/.test(text)).length, 2, told.join("\n"));
+  await engine.close();
+  for (const worker of workers) await worker.close();
+  assert.equal(bus.subscriptions, 0);
+  await bus.close();
+});
+
+Deno.test("Deployment: a worker that comes later gets its share when nothing runs", async () => {
+  const bus = new InProcessBus();
+  const first = await startWorker(bus, "a");
+  const engine = await Engine.start({ bus, model: fakeModel(), lostMs: 60_000 });
+  assert.deepEqual(engine.stats().stages.map((stage) => stage.worker), ["a"]);
+  const events = engine.generate({ ...request, maxTokens: 3000 });
+  await events.next();
+  const late = await startWorker(bus, "b");
+  await read(events);
+  assert.equal(engine.clusterStatus().recoveries, 0, "a running answer was disturbed");
+  await settled(() => engine.stats().stages.length === 2 && engine.failure === undefined);
+  assert.deepEqual((await read(engine.generate(request))).ids, continuation([5, 6, 7], 40));
+  assert.deepEqual(engine.clusterStatus().workers.map(({ id, layers }) => [id, layers.length]), [["a", 1], ["b", 1]]);
+  await engine.close();
+  for (const worker of [first, late]) await worker.close();
+  assert.equal(bus.subscriptions, 0);
+  await bus.close();
+});
