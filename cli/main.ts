@@ -14,6 +14,7 @@ import { WorkerError } from "../worker/mod.ts";
 import { addBench } from "./bench.ts";
 import { HubError } from "./hub/errors.ts";
 import { addInspect } from "./inspect.ts";
+import { addPlan } from "./plan.ts";
 import { addPull } from "./pull.ts";
 import { addRun } from "./run.ts";
 import { addServe } from "./serve.ts";
@@ -33,6 +34,7 @@ export function createProgram(): Command {
   addServe(program);
   addWorker(program);
   addStatus(program);
+  addPlan(program);
   addPull(program);
   addInspect(program);
   addBench(program);

@@ -16,3 +16,4 @@ export * from "./pipeline.ts";
 export * from "./placement.ts";
 export * from "./request.ts";
 export * from "./scheduler.ts";
+export * from "./served_model.ts";

@@ -67,16 +67,28 @@ export function place(cost: ModelCost, devices: readonly Device[], options: Plac
   return found;
 }
 
-/** Seconds that the slowest stage of a split takes for a token, as far as reading weights goes. */
-export function slowestStage(cost: ModelCost, devices: readonly Device[], stages: readonly PlacedStage[]): number {
+/** What each stage of a split holds, in bytes, and the seconds that it takes for a token as far as reading weights goes. */
+export function stageCosts(
+  cost: ModelCost,
+  devices: readonly Device[],
+  stages: readonly PlacedStage[],
+): { memoryBytes: number; seconds: number }[] {
   const range = rangeCosts(cost);
   const bandwidths = knownBandwidths(devices);
-  const perWorker = new Map<string, number>();
-  for (const { worker, first, end } of stages) {
+  return stages.map(({ worker, first, end }) => {
+    const { memoryBytes, readBytes } = range(first, end);
     const at = devices.findIndex((device) => device.id === worker);
-    const time = range(first, end).readBytes / (bandwidths[at]! * 1e9);
-    perWorker.set(worker, (perWorker.get(worker) ?? 0) + time); // stages on one device take turns
-  }
+    return { memoryBytes, seconds: readBytes / (bandwidths[at]! * 1e9) };
+  });
+}
+
+/** Seconds that the slowest device of a split takes for a token: its stages take turns. */
+export function slowestStage(cost: ModelCost, devices: readonly Device[], stages: readonly PlacedStage[]): number {
+  const perWorker = new Map<string, number>();
+  stageCosts(cost, devices, stages).forEach(({ seconds }, i) => {
+    const { worker } = stages[i]!;
+    perWorker.set(worker, (perWorker.get(worker) ?? 0) + seconds);
+  });
   return Math.max(...perWorker.values());
 }
 
