@@ -84,6 +84,7 @@ export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
     ...(kvType === undefined ? {} : { kvType }),
     ...(isa === undefined ? {} : { isa }),
     ...(pin === true ? { pin: "cores" } : {}),
+    ...(tune === undefined ? {} : { tune }),
   };
 }
 
