@@ -14,6 +14,9 @@ use std::ops::Range;
 /// Activation rows that a tile kernel takes at once.
 pub(crate) const BATCH: usize = 8;
 
+/// Codes behind the last activation that kernels may read; they meet digits of 0.
+pub(crate) const ACTIVATION_PAD: usize = 16;
+
 /// How a product runs: of consequence for its speed alone. The default is the rule where nothing was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -42,7 +45,7 @@ impl Plan {
 }
 
 /// What a tile kernel reads. `codes`, `scales`, `sums` and `tables` are of the form's `act_group`, row-major, and hold at
-/// least `first + count` rows of `k` (their lengths are checked in `matmul`).
+/// least `first + count` rows of `k`, `codes` `ACTIVATION_PAD` more (their lengths are checked in `matmul`).
 #[derive(Clone, Copy)]
 pub(crate) struct TileArgs<'a> {
     pub form: PackedForm,
@@ -171,7 +174,7 @@ impl Quantized {
             return;
         }
         let (group, groups) = (self.group, k / self.group);
-        self.codes.resize(n * k, 0);
+        self.codes.resize(n * k + ACTIVATION_PAD, 0);
         self.scales.resize(n * groups, 0.0);
         self.sums.resize(n * groups, 0);
         // Only groups of 256 are of forms with subs.
@@ -314,7 +317,7 @@ impl<'a> Product<'a> {
             let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group());
             let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
             let groups = k / prepared.group;
-            args.codes = &prepared.codes[..n * k];
+            args.codes = &prepared.codes[..n * k + ACTIVATION_PAD];
             args.scales = &prepared.scales[..n * groups];
             args.sums = &prepared.sums[..n * groups];
             args.sub_sums = match form.scale.sub(prepared.group) {

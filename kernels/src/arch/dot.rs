@@ -4,9 +4,9 @@
 //! the few that stand for it) multiplies them with four activations and adds. So no sum ever goes across a row's lane, and
 //! a tile is one sequential stream. All sums are exact in i32; their bounds are at `flat`, `nested` and `trits`.
 
-use crate::matmul::{TileArgs, TileOut};
+use crate::matmul::{TileArgs, TileOut, ACTIVATION_PAD};
 use crate::pack::fields::{UNIT, WORD};
-use crate::pack::{trits, Values, FIELD_TILE, IQ4_NL_VALUES, MXFP4_VALUES};
+use crate::pack::{Values, FIELD_TILE, IQ4_NL_VALUES, MXFP4_VALUES};
 
 /// Registers of `LANES` rows: i32 lanes of which bytes are codes, and f32 lanes.
 ///
@@ -20,6 +20,11 @@ pub(crate) trait Dot {
     const LANES: usize;
     /// `dot_signed` adds this times the four activations' sum.
     const SIGNED_BIAS: i32;
+    /// Whether `dot` takes codes up to 255. Fields then need no shift for few activations: each is multiplied where it lies in
+    /// its byte, and sums of the same place are shifted once per group.
+    const PLACED: bool = false;
+    /// Whether `pair` and `dot_pairs` are cheaper than two products of i32.
+    const PAIRS: bool = false;
 
     unsafe fn splat(value: i32) -> Self::Int;
     unsafe fn load(from: *const u8) -> Self::Int;
@@ -32,26 +37,68 @@ pub(crate) trait Dot {
     /// Shifts 32-bit lanes, zeros coming in.
     unsafe fn shl(a: Self::Int, n: u32) -> Self::Int;
     unsafe fn shr(a: Self::Int, n: u32) -> Self::Int;
-    /// Adds to each lane the dot product of its four codes, 0 ..= 127, with the four signed bytes of `a`, −127 ..= 127.
+    /// Shifts 32-bit lanes right, copies of the sign coming in. With `PLACED`.
+    #[inline(always)]
+    unsafe fn sar(_a: Self::Int, _n: u32) -> Self::Int {
+        unreachable!("only with PLACED")
+    }
+    /// Adds to each lane the dot product of its four codes, 0 ..= 127 (255 with `PLACED`), with the four signed bytes of `a`,
+    /// −127 ..= 127.
     unsafe fn dot(acc: Self::Int, codes: Self::Int, a: i32) -> Self::Int;
     /// The same with signed bytes for codes; see `SIGNED_BIAS`.
     unsafe fn dot_signed(acc: Self::Int, weights: Self::Int, a: i32) -> Self::Int;
+    /// `dot` of several registers, their codes at most `MOST`, with four activations each from `a` on.
+    #[inline(always)]
+    unsafe fn dots<const MOST: i32>(acc: Self::Int, codes: &[Self::Int], a: *const i8) -> Self::Int {
+        let mut acc = acc;
+        for (i, &codes) in codes.iter().enumerate() {
+            acc = Self::dot(acc, codes, four(a.add(4 * i)));
+        }
+        acc
+    }
     /// Adds to each lane the dot product of its two halves, 0 ..= 255, with the two signed halves of `a`, ±127·32 at most.
     unsafe fn dot_halves(acc: Self::Int, halves: Self::Int, a: i32) -> Self::Int;
-    /// The table's entry for each byte, which is below 16.
+    /// The low half of `low`, and that of `high` above it. With `PAIRS`, as the next three.
+    #[inline(always)]
+    unsafe fn pair(_low: Self::Int, _high: Self::Int) -> Self::Int {
+        unreachable!("only with PAIRS")
+    }
+    /// Adds to each lane the dot product of two pairs of signed halves.
+    #[inline(always)]
+    unsafe fn dot_pairs(_acc: Self::Int, _a: Self::Int, _b: Self::Int) -> Self::Int {
+        unreachable!("only with PAIRS")
+    }
+    /// Differences of halves.
+    #[inline(always)]
+    unsafe fn sub_halves(_a: Self::Int, _b: Self::Int) -> Self::Int {
+        unreachable!("only with PAIRS")
+    }
+    /// Of each lane, byte `BYTE` in both halves.
+    #[inline(always)]
+    unsafe fn both<const BYTE: u32>(_a: Self::Int) -> Self::Int {
+        unreachable!("only with PAIRS")
+    }
+    /// The table's entries for index bytes 0 ..= 15.
     unsafe fn lookup(table: &'static [i8; 16], index: Self::Int) -> Self::Int;
-    /// The five digits of the set's kind of trit codes (`Codes::Trits` or `IndexedTrits`).
+    /// The five digits of bytes of trits, in the layout that the implementation's forms use.
     unsafe fn digits(bytes: Self::Int) -> [Self::Int; 5];
-
+    /// With `PLACED`: the first four digits in two bits each from the lowest on, and the fifth.
+    #[inline(always)]
+    unsafe fn packed_digits(_bytes: Self::Int) -> [Self::Int; 2] {
+        unreachable!("only with PLACED")
+    }
     unsafe fn to_float(a: Self::Int) -> Self::Float;
     unsafe fn splat_float(value: f32) -> Self::Float;
     unsafe fn load_float(from: *const f32) -> Self::Float;
-    /// `LANES` half floats.
+    /// Half floats, exactly.
     unsafe fn load_half(from: *const u8) -> Self::Float;
     unsafe fn mul_float(a: Self::Float, b: Self::Float) -> Self::Float;
     /// `a·b + c`, rounded once.
     unsafe fn fma(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     unsafe fn store(a: Self::Float, to: *mut f32);
+    /// Asks for the line that holds this address, which need not be valid.
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
 }
 
 /// `CODES`: n for `Codes::Fields(n)` with an offset, or one of these for tables.
@@ -68,10 +115,18 @@ pub(crate) const SUB6_MIN: u8 = 5;
 pub(crate) const SUB6: u8 = 6;
 pub(crate) const SUB8: u8 = 7;
 
+/// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
+/// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
+const AHEAD: usize = 2048;
+
 /// Registers that the rows of a tile take at most.
 const CHUNKS: usize = FIELD_TILE / 4;
 
+/// Partial sums of a row of activations.
+const SUMS: usize = 8;
+
 /// Bits of a code.
+#[inline(always)]
 const fn width(codes: u8) -> usize {
     match codes {
         IQ4_NL | MXFP4 => 4,
@@ -79,86 +134,121 @@ const fn width(codes: u8) -> usize {
     }
 }
 
+/// The largest code of so many bits.
+#[inline(always)]
+const fn most(codes: u8) -> i32 {
+    (1 << width(codes)) - 1
+}
+
+#[inline(always)]
 const fn is_signed(codes: u8) -> bool {
     matches!(codes, 8 | IQ4_NL | MXFP4)
 }
 
-/// Partial sums of a row: enough chains to hide the latency of `dot`, while registers last.
-const fn chains(n: usize) -> usize {
-    match n {
-        1 => 4,
-        2 => 2,
-        _ => 1,
+/// Bytes of the scales behind the codes of a group.
+#[inline(always)]
+const fn scale_bytes(scale: u8) -> usize {
+    FIELD_TILE
+        * match scale {
+            TENSOR => 0,
+            E8M0 => 1,
+            F16 | SUB6 | SUB8 => 2,
+            _ => 4,
+        }
+}
+
+/// Words of sub-scales.
+#[inline(always)]
+const fn sub_words(scale: u8) -> usize {
+    match scale {
+        SUB4_MIN | SUB8 => 4,
+        SUB6_MIN | SUB6 => 3,
+        _ => 0,
     }
 }
 
 /// The same value in all four bytes.
+#[inline(always)]
 const fn bytes(value: u8) -> i32 {
     i32::from_le_bytes([value; 4])
+}
+
+/// Word `i` of a register's rows.
+#[inline(always)]
+unsafe fn word<D: Dot>(at: *const u8, i: usize) -> D::Int {
+    D::load(at.add(i * WORD))
+}
+
+/// The bits of `m` in every byte.
+#[inline(always)]
+unsafe fn mask<D: Dot>(v: D::Int, m: u8) -> D::Int {
+    D::and(v, D::splat(bytes(m)))
 }
 
 /// The codes of a unit, 32 k: register s has k = 4·s .. 4·s + 4. `at` points to the register's rows in the unit's first word.
 #[inline(always)]
 unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
-    let word = |i: usize| D::load(at.add(i * WORD));
-    let mask = |v, m| D::and(v, D::splat(bytes(m)));
     let mut out = [D::splat(0); 8];
     // The lower part.
     match CODES {
         1 => {
-            let w = word(0);
+            let w = word::<D>(at, 0);
             for f in 0..8 {
-                out[f] = mask(D::shr(w, f as u32), 1);
+                out[f] = mask::<D>(D::shr(w, f as u32), 1);
             }
         }
         2 | 3 => {
             for i in 0..2 {
-                let w = word(i);
+                let w = word::<D>(at, i);
                 for f in 0..4 {
-                    out[4 * i + f] = mask(D::shr(w, 2 * f as u32), 3);
+                    out[4 * i + f] = mask::<D>(D::shr(w, 2 * f as u32), 3);
                 }
             }
         }
         8 => {
             for i in 0..8 {
-                out[i] = word(i);
+                out[i] = word::<D>(at, i);
             }
         }
         _ => {
             for i in 0..4 {
-                let w = word(i);
-                out[2 * i] = mask(w, 15);
-                out[2 * i + 1] = mask(D::shr(w, 4), 15);
+                let w = word::<D>(at, i);
+                out[2 * i] = mask::<D>(w, 15);
+                out[2 * i + 1] = mask::<D>(D::shr(w, 4), 15);
             }
         }
     }
     // The upper part, moved to where it belongs in the code.
     match CODES {
         3 => {
-            let w = word(2);
+            let w = word::<D>(at, 2);
             for f in 0..8 {
                 let moved = if f < 2 { D::shl(w, 2 - f as u32) } else { D::shr(w, f as u32 - 2) };
-                out[f] = D::or(out[f], mask(moved, 4));
+                out[f] = D::or(out[f], mask::<D>(moved, 4));
             }
         }
         5 => {
-            let w = word(4);
+            let w = word::<D>(at, 4);
             for f in 0..8 {
                 let moved = if f < 4 { D::shl(w, 4 - f as u32) } else { D::shr(w, f as u32 - 4) };
-                out[f] = D::or(out[f], mask(moved, 16));
+                out[f] = D::or(out[f], mask::<D>(moved, 16));
             }
         }
         6 => {
             for i in 0..2 {
-                let w = word(4 + i);
+                let w = word::<D>(at, 4 + i);
                 for f in 0..4 {
                     let moved = if f < 2 { D::shl(w, 4 - 2 * f as u32) } else { D::shr(w, 2 * f as u32 - 4) };
-                    out[4 * i + f] = D::or(out[4 * i + f], mask(moved, 0x30));
+                    out[4 * i + f] = D::or(out[4 * i + f], mask::<D>(moved, 0x30));
                 }
             }
         }
-        IQ4_NL => out = out.map(|index| D::lookup(&IQ4_NL_VALUES, index)),
-        MXFP4 => out = out.map(|index| D::lookup(&MXFP4_VALUES, index)),
+        IQ4_NL | MXFP4 => {
+            let table = if CODES == IQ4_NL { &IQ4_NL_VALUES } else { &MXFP4_VALUES };
+            for index in &mut out {
+                *index = D::lookup(table, *index);
+            }
+        }
         _ => {}
     }
     out
@@ -168,6 +258,14 @@ unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
 #[inline(always)]
 unsafe fn four(codes: *const i8) -> i32 {
     codes.cast::<i32>().read_unaligned()
+}
+
+/// Asks for the lines that lie `AHEAD` of these.
+#[inline(always)]
+unsafe fn prefetch<D: Dot>(from: *const u8, lines: usize) {
+    for line in 0..lines {
+        D::prefetch(from.wrapping_add(AHEAD + line * WORD));
+    }
 }
 
 /// Checks what the kernels rely on, and returns the number of groups.
@@ -180,7 +278,7 @@ fn check(args: &TileArgs, j: usize, n: usize) -> usize {
         args.k == groups * form.group as usize
             && args.tile.len() == groups * form.group_tile_bytes()
             && j + n <= args.count
-            && args.codes.len() >= rows * args.k
+            && args.codes.len() >= rows * args.k + ACTIVATION_PAD
             && args.scales.len() >= rows * groups
             && args.sums.len() >= rows * groups
             && (form.scale.words() == 0 || args.sub_sums.len() >= rows * subs)
@@ -216,51 +314,100 @@ pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS:
     let groups = check(args, j, N);
     let units = if UNITS > 0 { UNITS } else { args.form.group as usize / UNIT };
     let (size, unit_bytes) = (units * UNIT, width(CODES) * WORD);
-    let group_bytes = args.form.group_tile_bytes();
+    let group_bytes = units * unit_bytes + scale_bytes(SCALE);
+    assert!(group_bytes == args.form.group_tile_bytes());
     let correction = match args.form.values {
         _ if is_signed(CODES) => -D::SIGNED_BIAS,
         Values::Offset(offset) => offset as i32,
         _ => 0,
     };
+    let placed = D::PLACED && N <= 2 && matches!(CODES, 1 | 2 | 4);
     let mut acc = [[D::splat_float(0.0); CHUNKS]; N];
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
         let scales = group.add(units * unit_bytes);
         for chunk in 0..FIELD_TILE / D::LANES {
-            let mut sums = [[D::splat(0); 4]; N];
+            let mut sums = [[D::splat(0); SUMS]; N];
             for (n, sums) in sums.iter_mut().enumerate() {
                 sums[0] = D::splat(correction * *args.sums.get_unchecked((args.first + j + n) * groups + g));
             }
             for unit in 0..units {
-                let at = group.add(unit * unit_bytes);
-                let w = decode::<D, CODES>(at.add(chunk * D::LANES * 4));
-                for (n, sums) in sums.iter_mut().enumerate() {
-                    let a = args.codes.as_ptr().add((args.first + j + n) * args.k + g * size + unit * UNIT);
-                    for (s, &w) in w.iter().enumerate() {
-                        let sum = &mut sums[s % chains(N)];
-                        let a = four(a.add(4 * s));
-                        *sum = if is_signed(CODES) { D::dot_signed(*sum, w, a) } else { D::dot(*sum, w, a) };
+                let at = group.add(unit * unit_bytes + chunk * D::LANES * 4);
+                if chunk == 0 {
+                    prefetch::<D>(at, width(CODES));
+                }
+                // No closures in these functions: they would be compiled without the instruction set.
+                let a = args.codes.as_ptr().add((args.first + j) * args.k + g * size + unit * UNIT);
+                if placed {
+                    for word in 0..width(CODES) {
+                        let w = D::load(at.add(word * WORD));
+                        for field in 0..8 / width(CODES) {
+                            let codes = D::and(w, D::splat(bytes((most(CODES) << (field * width(CODES))) as u8)));
+                            let (sum, step) = (sum_of(CODES, word, field), word * 8 / width(CODES) + field);
+                            for (n, sums) in sums.iter_mut().enumerate() {
+                                sums[sum] = D::dot(sums[sum], codes, four(a.add(n * args.k + 4 * step)));
+                            }
+                        }
+                    }
+                } else {
+                    let w = decode::<D, CODES>(at);
+                    for (n, sums) in sums.iter_mut().enumerate() {
+                        // Two chains while registers last: a product's latency is that of several.
+                        let chains = if N <= 2 { 2 } else { 1 };
+                        for (i, w) in w.chunks_exact(8 / chains).enumerate() {
+                            let (sum, a) = (&mut sums[i], a.add(n * args.k + UNIT / chains * i));
+                            if is_signed(CODES) {
+                                for (step, &w) in w.iter().enumerate() {
+                                    *sum = D::dot_signed(*sum, w, four(a.add(4 * step)));
+                                }
+                            } else {
+                                *sum = match CODES {
+                                    1 => D::dots::<1>(*sum, w, a),
+                                    2 => D::dots::<3>(*sum, w, a),
+                                    3 => D::dots::<7>(*sum, w, a),
+                                    4 => D::dots::<15>(*sum, w, a),
+                                    5 => D::dots::<31>(*sum, w, a),
+                                    _ => D::dots::<63>(*sum, w, a),
+                                };
+                            }
+                        }
                     }
                 }
+            }
+            if chunk == 0 && SCALE != TENSOR {
+                prefetch::<D>(scales, 1);
             }
             let d = scale::<D, SCALE>(args, scales, chunk);
             for (n, sums) in sums.iter().enumerate() {
                 let at = (args.first + j + n) * groups + g;
-                finish::<D, SCALE>(args, d, scales, chunk, at, total::<D, N>(sums), &mut acc[n][chunk]);
+                let sum = if placed { placed_total::<D>(sums, width(CODES)) } else { D::add(sums[0], sums[1]) };
+                finish::<D, SCALE>(args, d, scales, chunk, at, sum, &mut acc[n][chunk]);
             }
         }
     }
     store::<D, N>(&acc, j, out);
 }
 
-/// A row's partial sums together.
+/// Which partial sum a field of a word is added to: `placed_total` wants those of field f at f and at 4 + f, or with eight
+/// fields at f.
 #[inline(always)]
-unsafe fn total<D: Dot, const N: usize>(sums: &[D::Int; 4]) -> D::Int {
-    match chains(N) {
-        4 => D::add(D::add(sums[0], sums[1]), D::add(sums[2], sums[3])),
-        2 => D::add(sums[0], sums[1]),
-        _ => sums[0],
+const fn sum_of(codes: u8, word: usize, field: usize) -> usize {
+    match codes {
+        1 => field,
+        _ => field + 4 * (word % 2),
     }
+}
+
+/// Partial sums of fields that were multiplied in place: those of field f are 2^(f·width) times too large, each a multiple of
+/// it, so that shifting is exact.
+#[inline(always)]
+unsafe fn placed_total<D: Dot>(sums: &[D::Int; SUMS], width: usize) -> D::Int {
+    let mut total = D::splat(0);
+    for f in (0..8 / width).rev() {
+        let sum = if width == 1 { sums[f] } else { D::add(sums[f], sums[4 + f]) };
+        total = if f + 1 == 8 / width { sum } else { D::add(D::sar(total, width as u32), sum) };
+    }
+    total
 }
 
 /// acc = fma(d·d_a, sum, acc), then for a minimum fma(m·d_a, Σ a, acc); `at` is the place of the activations' group.
@@ -294,25 +441,24 @@ unsafe fn store<D: Dot, const N: usize>(acc: &[[D::Float; CHUNKS]; N], j: usize,
 
 /// The s and the m of quad t, four bytes a row in the order of `pack::scales` (m without meaning where there is none).
 #[inline(always)]
-unsafe fn quad<D: Dot, const SCALE: u8>(words: *const u8, t: usize) -> (D::Int, D::Int) {
-    let word = |i: usize| D::load(words.add(i * WORD));
-    let mask = |v, m| D::and(v, D::splat(bytes(m)));
+unsafe fn sub_scales<D: Dot, const SCALE: u8>(words: *const u8, t: usize) -> (D::Int, D::Int) {
     match SCALE {
         SUB4_MIN => {
-            let w = word(t);
-            (mask(w, 15), mask(D::shr(w, 4), 15))
+            let w = word::<D>(words, t);
+            (mask::<D>(w, 15), mask::<D>(D::shr(w, 4), 15))
         }
         SUB6_MIN => {
-            let (low, high) = (word(t), D::shr(word(2), 4 * t as u32));
-            let s = D::or(mask(low, 15), D::shl(mask(high, 3), 4));
-            (s, D::or(mask(D::shr(low, 4), 15), D::shl(mask(high, 12), 2)))
+            let (low, high) = (word::<D>(words, t), D::shr(word::<D>(words, 2), 4 * t as u32));
+            let s = D::or(mask::<D>(low, 15), D::shl(mask::<D>(high, 3), 4));
+            (s, D::or(mask::<D>(D::shr(low, 4), 15), D::shl(mask::<D>(high, 12), 2)))
         }
         SUB6 => {
-            let (low, high) = (D::shr(word(t / 2), 4 * (t % 2) as u32), D::shr(word(2), 2 * t as u32));
-            let s = D::or(mask(low, 15), D::shl(mask(high, 3), 4));
+            let (low, high) =
+                (D::shr(word::<D>(words, t / 2), 4 * (t % 2) as u32), D::shr(word::<D>(words, 2), 2 * t as u32));
+            let s = D::or(mask::<D>(low, 15), D::shl(mask::<D>(high, 3), 4));
             (s, s)
         }
-        _ => (word(t), word(t)),
+        _ => (word::<D>(words, t), word::<D>(words, t)),
     }
 }
 
@@ -328,19 +474,12 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     out: &mut TileOut,
 ) {
     let groups = check(args, j, N);
-    let kind = args.form.scale;
     let size = 256;
     assert!(args.form.group as usize == size);
-    let (quads, sub) = if SCALE == SUB6_MIN { (2, 32) } else { (4, 16) };
-    let (subs, words) = (size / sub, kind.words());
-    let unit_bytes = width(CODES) * WORD;
-    let group_bytes = args.form.group_tile_bytes();
+    let (subs, words) = (size / sub(SCALE), sub_words(SCALE));
+    let group_bytes = (words + 8 * width(CODES)) * WORD + scale_bytes(SCALE);
+    assert!(group_bytes == args.form.group_tile_bytes());
     let has_min = matches!(SCALE, SUB4_MIN | SUB6_MIN);
-    let bias = match SCALE {
-        SUB6 => 32,
-        SUB8 => 128,
-        _ => 0,
-    };
     let offset = match args.form.values {
         Values::Offset(offset) => offset as i32,
         _ => 0,
@@ -349,41 +488,33 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
         let units = group.add(words * WORD);
-        let scales = units.add(8 * unit_bytes);
+        let scales = units.add(8 * width(CODES) * WORD);
         for chunk in 0..FIELD_TILE / D::LANES {
             let rows = chunk * D::LANES * 4;
-            let mut total = [D::splat(0); N];
-            let mut other = [D::splat(0); N];
-            for t in 0..quads {
-                let (s, m) = quad::<D, SCALE>(group.add(rows), t);
-                for unit in 0..sub / 8 {
-                    let index = t * (sub / 8) + unit;
-                    let w = decode::<D, CODES>(units.add(index * unit_bytes + rows));
-                    for half in 0..UNIT / sub {
-                        let byte = [0, 2, 1, 3][unit * (UNIT / sub) + half];
-                        let mut s = D::and(D::shr(s, 8 * byte), D::splat(255));
-                        if bias != 0 {
-                            s = D::sub(s, D::splat(bias));
-                        }
-                        for (n, total) in total.iter_mut().enumerate() {
-                            let a = args.codes.as_ptr().add((args.first + j + n) * args.k + g * size + index * UNIT);
-                            let mut sum = D::splat(0);
-                            for step in half * sub / 4..(half + 1) * sub / 4 {
-                                sum = D::dot(sum, w[step], four(a.add(4 * step)));
-                            }
-                            *total = D::add(*total, D::mul(sum, s));
-                        }
-                    }
-                }
-                for pair in 0..2 {
-                    let halves = D::and(D::shr(if has_min { m } else { s }, 8 * pair as u32), D::splat(0x00ff_00ff));
-                    for (n, other) in other.iter_mut().enumerate() {
-                        let at = (args.first + j + n) * groups * subs + g * subs + 4 * t + 2 * pair;
-                        let sums = args.sub_sums.as_ptr().add(at).cast::<i32>().read_unaligned();
-                        *other = D::dot_halves(*other, halves, sums);
-                    }
-                }
+            let mut sums: Nested<D, N> = Nested {
+                words: group.add(rows),
+                units: units.add(rows),
+                a: args.codes.as_ptr().add((args.first + j) * args.k + g * size),
+                a_stride: args.k,
+                b: args.sub_sums.as_ptr().add(((args.first + j) * groups + g) * subs),
+                b_stride: groups * subs,
+                total: [D::splat(0); N],
+                other: [D::splat(0); N],
+            };
+            let lines = group_bytes.div_ceil(WORD);
+            if chunk == 0 {
+                prefetch::<D>(group, lines / 2);
             }
+            quad::<D, CODES, SCALE, N, 0>(&mut sums);
+            quad::<D, CODES, SCALE, N, 1>(&mut sums);
+            if chunk == 0 {
+                prefetch::<D>(group.add(lines / 2 * WORD), lines.div_ceil(2));
+            }
+            if sub(SCALE) == 16 {
+                quad::<D, CODES, SCALE, N, 2>(&mut sums);
+                quad::<D, CODES, SCALE, N, 3>(&mut sums);
+            }
+            let Nested { total, other, .. } = sums;
             let d = D::load_half(scales.add(2 * D::LANES * chunk));
             for n in 0..N {
                 let at = (args.first + j + n) * groups + g;
@@ -394,7 +525,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
                     *acc = D::fma(D::mul_float(d, a), D::to_float(total[n]), *acc);
                     *acc = D::fma(D::mul_float(min, a), D::to_float(D::sub(D::splat(0), other[n])), *acc);
                 } else {
-                    let sums = bias * *args.sums.get_unchecked(at);
+                    let sums = bias(SCALE) * *args.sums.get_unchecked(at);
                     let rest = D::mul(D::sub(other[n], D::splat(sums)), D::splat(offset));
                     *acc = D::fma(D::mul_float(d, a), D::to_float(D::add(total[n], rest)), *acc);
                 }
@@ -404,49 +535,194 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     store::<D, N>(&acc, j, out);
 }
 
+/// k of a sub.
+#[inline(always)]
+const fn sub(scale: u8) -> usize {
+    if scale == SUB6_MIN {
+        32
+    } else {
+        16
+    }
+}
+
+/// What stored sub-scales are too large by.
+#[inline(always)]
+const fn bias(scale: u8) -> i32 {
+    match scale {
+        SUB6 => 32,
+        SUB8 => 128,
+        _ => 0,
+    }
+}
+
+/// What `quad` reads of a group, and its sums.
+struct Nested<D: Dot, const N: usize> {
+    words: *const u8,
+    units: *const u8,
+    /// Codes and sub-sums of the first row of activations, and the steps to the next.
+    a: *const i8,
+    a_stride: usize,
+    b: *const i16,
+    b_stride: usize,
+    /// Σ (s' − bias)·(Σ c·a).
+    total: [D::Int; N],
+    /// Σ m·b, or Σ s'·b where there are no minima.
+    other: [D::Int; N],
+}
+
+/// Subs 4·T .. 4·T + 4. T is a constant, so that every shift is one.
+///
+/// With `PAIRS`, sums of codes of up to 4 bits over 16 k, |Σ c·a| ≤ 16·15·127 = 30480, are halves: two of them are multiplied with
+/// their scales (−32 ..= 255, halves too) at once.
+#[inline(always)]
+unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T: usize>(sums: &mut Nested<D, N>) {
+    let (s, m) = sub_scales::<D, SCALE>(sums.words, T);
+    let unit_bytes = width(CODES) * WORD;
+    let has_min = matches!(SCALE, SUB4_MIN | SUB6_MIN);
+    let narrow = D::PAIRS && width(CODES) <= 4;
+    for pair in 0..2 {
+        // Subs 4·T + 2·pair and the next.
+        for unit in 0..sub(SCALE) / 16 {
+            let index = (4 * T + 2 * pair) * sub(SCALE) / UNIT + unit;
+            let at = sums.units.add(index * unit_bytes);
+            if narrow && sub(SCALE) == 16 {
+                let w = decode::<D, CODES>(at);
+                let mut scales = halves::<D>(s, pair);
+                if bias(SCALE) != 0 {
+                    scales = D::sub_halves(scales, D::splat(bias(SCALE) << 16 | bias(SCALE)));
+                }
+                for n in 0..N {
+                    let a = sums.a.add(n * sums.a_stride + index * UNIT);
+                    let low = D::dots::<15>(D::splat(0), &w[..4], a);
+                    let high = D::dots::<15>(D::splat(0), &w[4..], a.add(UNIT / 2));
+                    sums.total[n] = D::dot_pairs(sums.total[n], D::pair(low, high), scales);
+                }
+            } else if narrow {
+                let scales = match 2 * pair + unit {
+                    0 => D::both::<0>(s),
+                    1 => D::both::<2>(s),
+                    2 => D::both::<1>(s),
+                    _ => D::both::<3>(s),
+                };
+                if D::PLACED && N <= 2 && CODES == 4 {
+                    let mut low = [D::splat(0); N];
+                    let mut high = [D::splat(0); N];
+                    for word in 0..4 {
+                        let w = D::load(at.add(word * WORD));
+                        let fields = [D::and(w, D::splat(bytes(15))), D::and(w, D::splat(bytes(0xf0)))];
+                        for n in 0..N {
+                            let a = sums.a.add(n * sums.a_stride + index * UNIT + 8 * word);
+                            low[n] = D::dot(low[n], fields[0], four(a));
+                            high[n] = D::dot(high[n], fields[1], four(a.add(4)));
+                        }
+                    }
+                    for n in 0..N {
+                        let pair = D::pair(low[n], D::shr(high[n], 4));
+                        sums.total[n] = D::dot_pairs(sums.total[n], pair, scales);
+                    }
+                } else {
+                    let w = decode::<D, CODES>(at);
+                    for n in 0..N {
+                        let a = sums.a.add(n * sums.a_stride + index * UNIT);
+                        let low = D::dots::<15>(D::splat(0), &w[..4], a);
+                        let high = D::dots::<15>(D::splat(0), &w[4..], a.add(UNIT / 2));
+                        sums.total[n] = D::dot_pairs(sums.total[n], D::pair(low, high), scales);
+                    }
+                }
+            } else {
+                let w = decode::<D, CODES>(at);
+                for half in 0..UNIT / sub(SCALE) {
+                    let byte = [0, 2, 1, 3][2 * pair + unit + half];
+                    let mut s = D::and(D::shr(s, 8 * byte), D::splat(255));
+                    if bias(SCALE) != 0 {
+                        s = D::sub(s, D::splat(bias(SCALE)));
+                    }
+                    let w = &w[half * sub(SCALE) / 4..(half + 1) * sub(SCALE) / 4];
+                    for n in 0..N {
+                        let a = sums.a.add(n * sums.a_stride + index * UNIT + half * sub(SCALE));
+                        let sum = D::dots::<63>(D::splat(0), w, a);
+                        sums.total[n] = D::add(sums.total[n], D::mul(sum, s));
+                    }
+                }
+            }
+        }
+        let scales = halves::<D>(if has_min { m } else { s }, pair);
+        for n in 0..N {
+            let b = sums.b.add(n * sums.b_stride + 4 * T + 2 * pair).cast::<i32>().read_unaligned();
+            sums.other[n] = D::dot_halves(sums.other[n], scales, b);
+        }
+    }
+}
+
+/// Bytes 0 and 2, or 1 and 3, of each lane as halves.
+#[inline(always)]
+unsafe fn halves<D: Dot>(v: D::Int, pair: usize) -> D::Int {
+    D::and(D::shr(v, 8 * pair as u32), D::splat(0x00ff_00ff))
+}
+
 /// Rows `first + j .. + N` of trit codes with one f16 scale per group.
 ///
-/// Digits are 0 ..= 2: |Σ digit·a| ≤ 256·2·127.
+/// Digits are 0 ..= 2, in place up to 128: |Σ digit·a| ≤ 256·128·127.
 #[inline(always)]
-pub(crate) unsafe fn trits<D: Dot, const N: usize>(args: &TileArgs, j: usize, out: &mut TileOut) {
+pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &TileArgs, j: usize, out: &mut TileOut) {
     let groups = check(args, j, N);
-    let size = args.form.group as usize;
-    let (group_bytes, words) = (args.form.group_tile_bytes(), trits::words(size));
+    let size = if SIZE > 0 { SIZE } else { args.form.group as usize };
+    let words = size.div_ceil(20);
+    let group_bytes = words * WORD + scale_bytes(F16);
+    assert!(size == args.form.group as usize && group_bytes == args.form.group_tile_bytes());
     let offset = match args.form.values {
         Values::Offset(offset) => offset as i32,
         _ => 0,
     };
+    let placed = D::PLACED && N <= 2;
     let mut acc = [[D::splat_float(0.0); CHUNKS]; N];
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
         for chunk in 0..FIELD_TILE / D::LANES {
-            let mut sums = [[D::splat(0); 4]; N];
+            // Of digits in place 0 to 3, of the fifth.
+            let mut sums = [[D::splat(0); 5]; N];
             for (n, sums) in sums.iter_mut().enumerate() {
                 sums[0] = D::splat(offset * *args.sums.get_unchecked((args.first + j + n) * groups + g));
             }
             for word in 0..words {
                 let at = group.add(word * WORD);
-                let digits = D::digits(D::load(at.add(chunk * D::LANES * 4)));
-                // The last word may hold fewer digits.
-                let steps = (size / 4 - 5 * word).min(5);
-                for (n, sums) in sums.iter_mut().enumerate() {
-                    let a = args.codes.as_ptr().add((args.first + j + n) * args.k + g * size + 20 * word);
-                    if steps == 5 {
-                        for (s, &digit) in digits.iter().enumerate() {
-                            sums[s % chains(N)] = D::dot(sums[s % chains(N)], digit, four(a.add(4 * s)));
-                        }
-                    } else {
-                        for (s, &digit) in digits.iter().enumerate().take(steps) {
-                            sums[0] = D::dot(sums[0], digit, four(a.add(4 * s)));
+                if chunk == 0 {
+                    prefetch::<D>(at, 1);
+                }
+                let w = D::load(at.add(chunk * D::LANES * 4));
+                let a = args.codes.as_ptr().add((args.first + j) * args.k + g * size + 20 * word);
+                // The last word's digits beyond the group are 0, whatever activations they meet.
+                if placed {
+                    let [first, last] = D::packed_digits(w);
+                    for step in 0..5 {
+                        let digit = if step < 4 { mask::<D>(first, 3 << (2 * step)) } else { last };
+                        for (n, sums) in sums.iter_mut().enumerate() {
+                            sums[step] = D::dot(sums[step], digit, four(a.add(n * args.k + 4 * step)));
                         }
                     }
+                } else {
+                    let digits = D::digits(w);
+                    for (n, sums) in sums.iter_mut().enumerate() {
+                        sums[0] = D::dots::<2>(sums[0], &digits, a.add(n * args.k));
+                    }
                 }
+            }
+            if chunk == 0 {
+                prefetch::<D>(group.add(words * WORD), 1);
             }
             let scales = group.add(words * WORD);
             let d = D::load_half(scales.add(2 * D::LANES * chunk));
             for (n, sums) in sums.iter().enumerate() {
                 let at = (args.first + j + n) * groups + g;
-                finish::<D, F16>(args, d, scales, chunk, at, total::<D, N>(sums), &mut acc[n][chunk]);
+                let mut sum = sums[0];
+                if placed {
+                    sum = sums[3];
+                    for step in (0..3).rev() {
+                        sum = D::add(D::sar(sum, 2), sums[step]);
+                    }
+                    sum = D::add(sum, sums[4]);
+                }
+                finish::<D, F16>(args, d, scales, chunk, at, sum, &mut acc[n][chunk]);
             }
         }
     }
@@ -494,8 +770,8 @@ macro_rules! dot_kernels {
         ///
         /// See `flat`; the codes are this set's trits.
         #[target_feature(enable = $features)]
-        unsafe fn trits(args: &TileArgs, out: &mut TileOut) {
-            $crate::arch::dot::batched!(args, out, trits);
+        unsafe fn trits<const SIZE: usize>(args: &TileArgs, out: &mut TileOut) {
+            $crate::arch::dot::batched!(args, out, trits, SIZE);
         }
 
         /// The kernels for a form of fields or trits.
@@ -515,6 +791,7 @@ macro_rules! dot_kernels {
                 (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[dot(nested::<3, SUB6>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<4, F16, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[dot(flat::<4, F16, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[dot(flat::<4, F16_MIN, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<4, F16_MIN, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<4, SUB6_MIN>)] },
                 (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[dot(flat::<IQ4_NL, F16, 1>)] },
@@ -524,7 +801,8 @@ macro_rules! dot_kernels {
                 (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<5, SUB6_MIN>)] },
                 (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[dot(nested::<6, SUB8>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<8, F16, 1>)] },
-                ($trits, Values::Offset(_), S::F16, _) => const { &[dot(trits)] },
+                ($trits, Values::Offset(_), S::F16, 256) => const { &[dot(trits::<256>)] },
+                ($trits, Values::Offset(_), S::F16, _) => const { &[dot(trits::<0>)] },
                 _ => &[],
             }
         }

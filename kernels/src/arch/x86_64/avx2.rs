@@ -477,6 +477,7 @@ impl Dot for Rows {
     type Float = __m256;
     const LANES: usize = 8;
     const SIGNED_BIAS: i32 = 0;
+    const PAIRS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(value: i32) -> __m256i {
@@ -520,6 +521,22 @@ impl Dot for Rows {
         let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(a));
         _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
     }
+    /// Pairs of products, at most 2·MOST·127, are added as halves as far as those hold them.
+    #[inline(always)]
+    unsafe fn dots<const MOST: i32>(acc: __m256i, codes: &[__m256i], a: *const i8) -> __m256i {
+        let mut acc = acc;
+        let mut at = 0;
+        for codes in codes.chunks((i16::MAX as i32 / (2 * 127 * MOST)) as usize) {
+            let mut halves = _mm256_setzero_si256();
+            for &codes in codes {
+                let four = a.add(4 * at).cast::<i32>().read_unaligned();
+                halves = _mm256_add_epi16(halves, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four)));
+                at += 1;
+            }
+            acc = _mm256_add_epi32(acc, _mm256_madd_epi16(halves, _mm256_set1_epi16(1)));
+        }
+        acc
+    }
     /// |w| as an unsigned byte times sign(w)·a: ≤ 128·127 even for w = −128 (|−128| is 128 as u8, and a is not −128), so a
     /// pair is ≤ 32512 and fits i16.
     #[inline(always)]
@@ -531,6 +548,25 @@ impl Dot for Rows {
     #[inline(always)]
     unsafe fn dot_halves(acc: __m256i, halves: __m256i, a: i32) -> __m256i {
         _mm256_add_epi32(acc, _mm256_madd_epi16(halves, _mm256_set1_epi32(a)))
+    }
+    #[inline(always)]
+    unsafe fn pair(low: __m256i, high: __m256i) -> __m256i {
+        _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32::<16>(high))
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
+    }
+    #[inline(always)]
+    unsafe fn sub_halves(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_sub_epi16(a, b)
+    }
+    #[inline(always)]
+    unsafe fn both<const BYTE: u32>(a: __m256i) -> __m256i {
+        // 0x80 gives a zero.
+        let of = |lane: u32| (0x8000_8000 | (4 * lane + BYTE) << 16 | (4 * lane + BYTE)) as i32;
+        let lanes = _mm_setr_epi32(of(0), of(1), of(2), of(3));
+        _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(lanes))
     }
     #[inline(always)]
     unsafe fn lookup(table: &'static [i8; 16], index: __m256i) -> __m256i {
@@ -574,6 +610,10 @@ impl Dot for Rows {
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
         _mm256_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
     }
     #[inline(always)]
     unsafe fn store(a: __m256, to: *mut f32) {

@@ -163,6 +163,8 @@ impl Dot for Rows {
     const LANES: usize = 16;
     /// VPDPBUSD takes unsigned weights: w + 128.
     const SIGNED_BIAS: i32 = 128;
+    const PLACED: bool = true;
+    const PAIRS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(value: i32) -> __m512i {
@@ -201,6 +203,10 @@ impl Dot for Rows {
         _mm512_srlv_epi32(a, _mm512_set1_epi32(n as i32))
     }
     #[inline(always)]
+    unsafe fn sar(a: __m512i, n: u32) -> __m512i {
+        _mm512_srav_epi32(a, _mm512_set1_epi32(n as i32))
+    }
+    #[inline(always)]
     unsafe fn dot(acc: __m512i, codes: __m512i, a: i32) -> __m512i {
         _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(a))
     }
@@ -214,24 +220,54 @@ impl Dot for Rows {
         _mm512_dpwssd_epi32(acc, halves, _mm512_set1_epi32(a))
     }
     #[inline(always)]
+    unsafe fn pair(low: __m512i, high: __m512i) -> __m512i {
+        _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32::<16>(high))
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        _mm512_dpwssd_epi32(acc, a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub_halves(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_sub_epi16(a, b)
+    }
+    #[inline(always)]
+    unsafe fn both<const BYTE: u32>(a: __m512i) -> __m512i {
+        // 0x80 gives a zero.
+        let of = |lane: u32| (0x8000_8000 | (4 * lane + BYTE) << 16 | (4 * lane + BYTE)) as i32;
+        let lanes = _mm_setr_epi32(of(0), of(1), of(2), of(3));
+        _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(lanes))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &'static [i8; 16], index: __m512i) -> __m512i {
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
         _mm512_shuffle_epi8(table, index)
     }
-    /// `Codes::IndexedTrits`. VPERMI2B looks at the low seven bits of an index.
     #[inline(always)]
     unsafe fn digits(bytes: __m512i) -> [__m512i; 5] {
-        let table =
-            |bit: usize, half: usize| _mm512_loadu_si512(trits::FIRST_DIGITS[bit].as_ptr().add(64 * half).cast());
-        let clear = _mm512_permutex2var_epi8(table(0, 0), bytes, table(0, 1));
-        let set = _mm512_permutex2var_epi8(table(1, 0), bytes, table(1, 1));
+        let [four, last] = Self::packed_digits(bytes);
+        let three = _mm512_set1_epi8(3);
+        [
+            _mm512_and_si512(four, three),
+            _mm512_and_si512(_mm512_srli_epi32::<2>(four), three),
+            _mm512_and_si512(_mm512_srli_epi32::<4>(four), three),
+            _mm512_and_si512(_mm512_srli_epi32::<6>(four), three),
+            last,
+        ]
+    }
+    /// `Codes::IndexedTrits`. VPERMI2B looks at the low seven bits of an index.
+    #[inline(always)]
+    unsafe fn packed_digits(bytes: __m512i) -> [__m512i; 2] {
+        let (clear, set) = (trits::FIRST_DIGITS[0].as_ptr(), trits::FIRST_DIGITS[1].as_ptr());
+        let clear =
+            _mm512_permutex2var_epi8(_mm512_loadu_si512(clear.cast()), bytes, _mm512_loadu_si512(clear.add(64).cast()));
+        let set =
+            _mm512_permutex2var_epi8(_mm512_loadu_si512(set.cast()), bytes, _mm512_loadu_si512(set.add(64).cast()));
         let top = _mm512_movepi8_mask(bytes);
         let four = _mm512_mask_blend_epi8(top, clear, set);
-        let three = _mm512_set1_epi8(3);
-        let digit = |n: u32| _mm512_and_si512(Self::shr(four, n), three);
         let is_two = _mm512_cmpge_epu8_mask(_mm512_and_si512(bytes, _mm512_set1_epi8(127)), _mm512_set1_epi8(81));
         let last = _mm512_mask_mov_epi8(_mm512_maskz_set1_epi8(top, 1), is_two, _mm512_set1_epi8(2));
-        [digit(0), digit(2), digit(4), digit(6), last]
+        [four, last]
     }
     #[inline(always)]
     unsafe fn to_float(a: __m512i) -> __m512 {
@@ -256,6 +292,10 @@ impl Dot for Rows {
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
         _mm512_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
     }
     #[inline(always)]
     unsafe fn store(a: __m512, to: *mut f32) {
