@@ -47,10 +47,38 @@ unsafe fn relu<V: Vector>(x: V) -> V {
     V::zero().max(x) // in this order NaN passes
 }
 
+/// `SILU` … `RELU_SQUARED` of eight values. Constants and no closures, which would be compiled without the instruction set.
 #[inline(always)]
-unsafe fn each<V: Vector>(x: &mut [f32], up: &[f32], f: impl Fn(V) -> V) {
+unsafe fn of<V: Vector, const KIND: u8>(x: V) -> V {
+    let one = V::splat(1.0);
+    match KIND {
+        SILU => x.div(one.add(exp_lanes(V::zero().sub(x)))),
+        GELU => {
+            // x·Φ(x) = max(x, 0) − |x|·(1 − Φ(|x|)); where |x| exceeds 15 the second is 0, and infinity must not meet it.
+            let a = V::splat(15.0).min(x.max(V::zero().sub(x)));
+            relu(x).sub(a.mul(upper_tail(a)))
+        }
+        GELU_TANH => {
+            let cubic = x.mul(x).fma(V::splat(0.044_715), one);
+            // √(2/π) is 2/√π · 1/√2.
+            let factor = -2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+            x.div(one.add(exp_lanes(x.mul(cubic).mul(V::splat(factor)))))
+        }
+        RELU => relu(x),
+        _ => relu(x).mul(relu(x)),
+    }
+}
+
+const SILU: u8 = 0;
+const GELU: u8 = 1;
+const GELU_TANH: u8 = 2;
+const RELU: u8 = 3;
+const RELU_SQUARED: u8 = 4;
+
+#[inline(always)]
+unsafe fn each<V: Vector, const KIND: u8>(x: &mut [f32], up: &[f32]) {
     for i in (0..x.len()).step_by(8) {
-        let y = f(load_or_zeros::<V>(x, i));
+        let y = of::<V, KIND>(load_or_zeros::<V>(x, i));
         store_within(if up.is_empty() { y } else { y.mul(load_or_zeros(up, i)) }, x, i);
     }
 }
@@ -58,22 +86,12 @@ unsafe fn each<V: Vector>(x: &mut [f32], up: &[f32], f: impl Fn(V) -> V) {
 /// `x = kind(x) · up`, or `kind(x)` where `up` is empty.
 #[inline(always)]
 pub(crate) unsafe fn activate<V: Vector>(x: &mut [f32], up: &[f32], kind: Activation) {
-    let one = V::splat(1.0);
     match kind {
-        Activation::Silu => each::<V>(x, up, |x| x.div(one.add(exp_lanes(V::zero().sub(x))))),
-        // x·Φ(x) = max(x, 0) − |x|·(1 − Φ(|x|)); where |x| exceeds 15 the second is 0, and infinity must not meet it.
-        Activation::Gelu => each::<V>(x, up, |x| {
-            let a = V::splat(15.0).min(x.max(V::zero().sub(x)));
-            relu(x).sub(a.mul(upper_tail(a)))
-        }),
-        Activation::GeluTanh => each::<V>(x, up, |x| {
-            let cubic = x.mul(x).fma(V::splat(0.044_715), one);
-            // √(2/π) is 2/√π · 1/√2.
-            let factor = -2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-            x.div(one.add(exp_lanes(x.mul(cubic).mul(V::splat(factor)))))
-        }),
-        Activation::Relu => each::<V>(x, up, |x| relu(x)),
-        Activation::ReluSquared => each::<V>(x, up, |x| relu(x).mul(relu(x))),
+        Activation::Silu => each::<V, SILU>(x, up),
+        Activation::Gelu => each::<V, GELU>(x, up),
+        Activation::GeluTanh => each::<V, GELU_TANH>(x, up),
+        Activation::Relu => each::<V, RELU>(x, up),
+        Activation::ReluSquared => each::<V, RELU_SQUARED>(x, up),
     }
 }
 
