@@ -37,6 +37,11 @@ pub(crate) trait Dot {
     /// Shifts 32-bit lanes, zeros coming in.
     unsafe fn shl(a: Self::Int, n: u32) -> Self::Int;
     unsafe fn shr(a: Self::Int, n: u32) -> Self::Int;
+    /// Of each byte, the field from bit `n` on that `mask` covers when moved down.
+    #[inline(always)]
+    unsafe fn field(a: Self::Int, n: u32, mask: u8) -> Self::Int {
+        Self::and(Self::shr(a, n), Self::splat(bytes(mask)))
+    }
     /// Shifts 32-bit lanes right, copies of the sign coming in. With `PLACED`.
     #[inline(always)]
     unsafe fn sar(_a: Self::Int, _n: u32) -> Self::Int {
@@ -53,6 +58,15 @@ pub(crate) trait Dot {
         let mut acc = acc;
         for (i, &codes) in codes.iter().enumerate() {
             acc = Self::dot(acc, codes, four(a.add(4 * i)));
+        }
+        acc
+    }
+    /// The same with signed bytes for codes.
+    #[inline(always)]
+    unsafe fn dots_signed(acc: Self::Int, weights: &[Self::Int], a: *const i8) -> Self::Int {
+        let mut acc = acc;
+        for (i, &weights) in weights.iter().enumerate() {
+            acc = Self::dot_signed(acc, weights, four(a.add(4 * i)));
         }
         acc
     }
@@ -88,6 +102,11 @@ pub(crate) trait Dot {
         unreachable!("only with PLACED")
     }
     unsafe fn to_float(a: Self::Int) -> Self::Float;
+    /// The same for magnitudes below 2^22.
+    #[inline(always)]
+    unsafe fn small_to_float(a: Self::Int) -> Self::Float {
+        Self::to_float(a)
+    }
     unsafe fn splat_float(value: f32) -> Self::Float;
     unsafe fn load_float(from: *const f32) -> Self::Float;
     /// Half floats, exactly.
@@ -194,14 +213,14 @@ unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
         1 => {
             let w = word::<D>(at, 0);
             for f in 0..8 {
-                out[f] = mask::<D>(D::shr(w, f as u32), 1);
+                out[f] = D::field(w, f as u32, 1);
             }
         }
         2 | 3 => {
             for i in 0..2 {
                 let w = word::<D>(at, i);
                 for f in 0..4 {
-                    out[4 * i + f] = mask::<D>(D::shr(w, 2 * f as u32), 3);
+                    out[4 * i + f] = D::field(w, 2 * f as u32, 3);
                 }
             }
         }
@@ -214,7 +233,7 @@ unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
             for i in 0..4 {
                 let w = word::<D>(at, i);
                 out[2 * i] = mask::<D>(w, 15);
-                out[2 * i + 1] = mask::<D>(D::shr(w, 4), 15);
+                out[2 * i + 1] = D::field(w, 4, 15);
             }
         }
     }
@@ -304,7 +323,7 @@ unsafe fn scale<D: Dot, const SCALE: u8>(args: &TileArgs, at: *const u8, chunk: 
 
 /// Rows `first + j .. + N`, groups with one scale, of `UNITS` units (0: as many as the form says).
 ///
-/// |Σ code·a| ≤ 256·127·127 or, signed with the bias, 256·255·127, far below 2^31, for each group.
+/// |Σ code·a| ≤ 256·128·127 < 2^22 or, signed with the bias, 256·255·127 on the way, far below 2^31, for each group.
 #[inline(always)]
 pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS: usize, const N: usize>(
     args: &TileArgs,
@@ -357,9 +376,7 @@ pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS:
                         for (i, w) in w.chunks_exact(8 / chains).enumerate() {
                             let (sum, a) = (&mut sums[i], a.add(n * args.k + UNIT / chains * i));
                             if is_signed(CODES) {
-                                for (step, &w) in w.iter().enumerate() {
-                                    *sum = D::dot_signed(*sum, w, four(a.add(4 * step)));
-                                }
+                                *sum = D::dots_signed(*sum, w, a);
                             } else {
                                 *sum = match CODES {
                                     1 => D::dots::<1>(*sum, w, a),
@@ -422,7 +439,7 @@ unsafe fn finish<D: Dot, const SCALE: u8>(
     acc: &mut D::Float,
 ) {
     let a = D::splat_float(*args.scales.get_unchecked(at));
-    *acc = D::fma(D::mul_float(d, a), D::to_float(sum), *acc);
+    *acc = D::fma(D::mul_float(d, a), D::small_to_float(sum), *acc);
     if SCALE == F16_MIN {
         let m = D::load_half(scales.add(2 * (FIELD_TILE + D::LANES * chunk)));
         let sum = D::splat_float(*args.sums.get_unchecked(at) as f32);

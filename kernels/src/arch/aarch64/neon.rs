@@ -23,9 +23,9 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
 static KERNELS: Kernels =
     Kernels { isa: Isa::Neon, variants, preferred, quantize, build_tables, ops: float_ops!(Lanes, "neon"), read };
 
-/// Lookup up to three bits: multiplying takes as long for every width, twice as long per code as lookup per bit.
+/// Lookup for one and two bits: multiplying takes as long for every width, as long as lookup for three.
 fn preferred(ty: SourceType) -> PackedForm {
-    with_planes_up_to(3, ty)
+    with_planes_up_to(2, ty)
 }
 
 /// The form for lookup if the type has one of at most so many bits.
@@ -337,11 +337,14 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
         // What the entries' highs were moved by; narrow, of all planes at once, and the offset's share beside it.
         let moved = (size / 32 * 4096).wrapping_neg() as i32;
         let mut planes = [[[vdupq_n_u16(0); TILE / 8]; N]; M];
+        // Of a single plane, registers suffice to sum the high bytes alone.
+        let mut highs = [[vdupq_n_u16(0); TILE / 8]; M];
         for m in 0..M {
             let correction = offset * *args.sums.get_unchecked((first + m) * groups + g);
             for plane in 0..N {
                 let start = match (NARROW, plane) {
-                    (true, 0) => moved * ((1 << N) - 1) + correction,
+                    // As `half_to_float` wants it.
+                    (true, 0) => moved * ((1 << N) - 1) + correction + 0x8000,
                     (true, _) => break,
                     _ => moved,
                 };
@@ -383,8 +386,19 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
                         let (low, high) = (low[m][plane][half], high[m][plane][half]);
                         let sums = &mut planes[m][to][2 * half..2 * half + 2];
                         add_weighted(sums, low, weight);
-                        add_weighted(sums, high, 32 * weight);
+                        if N == 1 {
+                            add_weighted(&mut highs[m][2 * half..2 * half + 2], high, 1);
+                        } else {
+                            add_weighted(sums, high, 32 * weight);
+                        }
                     }
+                }
+            }
+        }
+        if N == 1 {
+            for m in 0..M {
+                for (sum, high) in planes[m][0].iter_mut().zip(highs[m]) {
+                    *sum = vaddq_u16(*sum, vshlq_n_u16::<5>(high));
                 }
             }
         }
@@ -395,23 +409,19 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
             let sum = *args.sums.get_unchecked(at);
             let a = *args.scales.get_unchecked(at);
             for quarter in 0..TILE / 4 {
-                let of = |plane: usize| {
-                    let sums = vreinterpretq_s16_u16(planes[m][plane][quarter / 2]);
-                    if quarter % 2 == 0 {
-                        vmovl_s16(vget_low_s16(sums))
-                    } else {
-                        vmovl_high_s16(sums)
+                let total = if NARROW {
+                    half_to_float(planes[m][0][quarter / 2], quarter % 2)
+                } else {
+                    let mut total = vdupq_n_s32(offset * sum);
+                    for plane in 0..N {
+                        let sums = vreinterpretq_s16_u16(planes[m][plane][quarter / 2]);
+                        let sums = if quarter % 2 == 0 { vmovl_s16(vget_low_s16(sums)) } else { vmovl_high_s16(sums) };
+                        total = vaddq_s32(total, vshlq_s32(sums, vdupq_n_s32(plane as i32)));
                     }
+                    vcvtq_f32_s32(total)
                 };
-                let mut total = of(0);
-                if !NARROW {
-                    for plane in 1..N {
-                        total = vaddq_s32(total, vshlq_s32(of(plane), vdupq_n_s32(plane as i32)));
-                    }
-                    total = vaddq_s32(total, vdupq_n_s32(offset * sum));
-                }
                 let acc = &mut acc[m][quarter];
-                *acc = vfmaq_f32(*acc, vmulq_n_f32(halves(quarter), a), vcvtq_f32_s32(total));
+                *acc = vfmaq_f32(*acc, vmulq_n_f32(halves(quarter), a), total);
                 if args.form.scale == ScaleKind::F16Min {
                     let min = vmulq_n_f32(halves(quarter + TILE / 4), a);
                     *acc = vfmaq_n_f32(*acc, min, sum as f32);
@@ -424,6 +434,15 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
             vst1q_f32(out[j + m].as_mut_ptr().add(4 * quarter), acc);
         }
     }
+}
+
+/// Half of eight i16, given 0x8000 too large: below the upper half of 2^23's bits, it counts units in the last place.
+#[inline(always)]
+unsafe fn half_to_float(halves: uint16x8_t, half: usize) -> float32x4_t {
+    const BASE: f32 = 8_388_608.0;
+    let top = vdupq_n_u16((BASE.to_bits() >> 16) as u16);
+    let moved = if half == 0 { vzip1q_u16(halves, top) } else { vzip2q_u16(halves, top) };
+    vsubq_f32(vreinterpretq_f32_u16(moved), vdupq_n_f32(BASE + 32_768.0))
 }
 
 /// Adds bytes times 1 ..= 256, a power of two, to halves.
@@ -463,14 +482,73 @@ fn as_unsigned(v: int32x4_t) -> uint8x16_t {
     unsafe { vreinterpretq_u8_s32(v) }
 }
 
-/// Adds products of four bytes of each lane with the first four of `a`.
+/// Adds products of four bytes of each lane with four of `a`, those in 32-bit lane `lane`.
 #[inline(always)]
-unsafe fn sdot<const LANE: usize>(acc: int32x4_t, w: int32x4_t, a: int8x16_t) -> int32x4_t {
-    let mut acc = acc;
-    // SAFETY: only called with DOTPROD, so that the machine has the instruction.
-    asm!("sdot {acc:v}.4s, {w:v}.16b, {a:v}.4b[{lane}]", acc = inout(vreg) acc, w = in(vreg) w, a = in(vreg) a,
-        lane = const LANE, options(pure, nomem, nostack, preserves_flags));
-    acc
+unsafe fn sdot(acc: int32x4_t, w: int32x4_t, a: int8x16_t, lane: usize) -> int32x4_t {
+    macro_rules! by_lane {
+        ($lane:literal) => {{
+            let mut acc = acc;
+            // SAFETY: only called with DOTPROD, so that the machine has the instruction.
+            asm!(concat!("sdot {acc:v}.4s, {w:v}.16b, {a:v}.4b[", $lane, "]"), acc = inout(vreg) acc, w = in(vreg) w,
+                a = in(vreg) a, options(pure, nomem, nostack, preserves_flags));
+            acc
+        }};
+    }
+    match lane {
+        0 => by_lane!(0),
+        1 => by_lane!(1),
+        2 => by_lane!(2),
+        _ => by_lane!(3),
+    }
+}
+
+/// Adds products of signed bytes, of the lower and of the upper eight. As assembler, because from intrinsics LLVM makes 16-bit
+/// multiplications, half as many at a time, where it sees that codes are not negative.
+#[inline(always)]
+unsafe fn add_products(sums: [int16x8_t; 2], a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
+    let [mut low, mut high] = sums;
+    // SAFETY: NEON has the instructions.
+    asm!("smlal {low:v}.8h, {a:v}.8b, {b:v}.8b", "smlal2 {high:v}.8h, {a:v}.16b, {b:v}.16b", low = inout(vreg) low,
+        high = inout(vreg) high, a = in(vreg) a, b = in(vreg) b, options(pure, nomem, nostack, preserves_flags));
+    [low, high]
+}
+
+/// Products of signed bytes; see `add_products`.
+#[inline(always)]
+unsafe fn products(a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
+    let (low, high);
+    // SAFETY: NEON has the instructions.
+    asm!("smull {low:v}.8h, {a:v}.8b, {b:v}.8b", "smull2 {high:v}.8h, {a:v}.16b, {b:v}.16b", low = out(vreg) low,
+        high = lateout(vreg) high, a = in(vreg) a, b = in(vreg) b, options(pure, nomem, nostack, preserves_flags));
+    [low, high]
+}
+
+/// The four bytes in 32-bit lane `lane`, in every lane.
+#[inline(always)]
+unsafe fn broadcast(a: int8x16_t, lane: usize) -> int8x16_t {
+    let a = vreinterpretq_s32_s8(a);
+    vreinterpretq_s8_s32(match lane {
+        0 => vdupq_laneq_s32::<0>(a),
+        1 => vdupq_laneq_s32::<1>(a),
+        2 => vdupq_laneq_s32::<2>(a),
+        _ => vdupq_laneq_s32::<3>(a),
+    })
+}
+
+/// Activations: 4, 8, 12 or 16 from `from` on, and nothing beyond.
+#[inline(always)]
+unsafe fn activations(from: *const i8, fours: usize) -> int8x16_t {
+    let two = |from: *const i8| vcombine_s8(vld1_s8(from), vdup_n_s8(0));
+    let one = |from: *const i8| vsetq_lane_s32::<0>(from.cast::<i32>().read_unaligned(), vdupq_n_s32(0));
+    match fours {
+        1 => vreinterpretq_s8_s32(one(from)),
+        2 => two(from),
+        3 => vreinterpretq_s8_s64(vcopyq_laneq_s64::<1, 0>(
+            vreinterpretq_s64_s8(two(from)),
+            vreinterpretq_s64_s32(one(from.add(8))),
+        )),
+        _ => vld1q_s8(from),
+    }
 }
 
 // SAFETY (of every method): the trait's.
@@ -517,6 +595,15 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
         vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-(n as i32))))
     }
     #[inline(always)]
+    unsafe fn field(a: int32x4_t, n: u32, mask: u8) -> int32x4_t {
+        match n {
+            0 => vandq_s32(a, vreinterpretq_s32_u8(vdupq_n_u8(mask))),
+            // The topmost field: shifting bytes leaves nothing to mask.
+            _ if mask == 0xff >> n => vreinterpretq_s32_u8(vshlq_u8(as_unsigned(a), vdupq_n_s8(-(n as i8)))),
+            _ => vandq_s32(Self::shr(a, n), vreinterpretq_s32_u8(vdupq_n_u8(mask))),
+        }
+    }
+    #[inline(always)]
     unsafe fn dot(acc: int32x4_t, codes: int32x4_t, a: i32) -> int32x4_t {
         Self::dot_signed(acc, codes, a)
     }
@@ -524,12 +611,49 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
     #[inline(always)]
     unsafe fn dot_signed(acc: int32x4_t, weights: int32x4_t, a: i32) -> int32x4_t {
         if DOTPROD {
-            return sdot::<0>(acc, weights, vreinterpretq_s8_s32(vdupq_n_s32(a)));
+            return sdot(acc, weights, vreinterpretq_s8_s32(vdupq_n_s32(a)), 0);
         }
         let a = vreinterpretq_s8_s32(vdupq_n_s32(a));
-        let low = vmull_s8(vget_low_s8(as_bytes(weights)), vget_low_s8(a));
-        let high = vmull_high_s8(as_bytes(weights), a);
+        let [low, high] = products(as_bytes(weights), a);
         vpadalq_s16(acc, vpaddq_s16(low, high))
+    }
+    /// Without the instruction: pairs of products, at most 2·MOST·127, are added as halves as far as those hold them.
+    #[inline(always)]
+    unsafe fn dots<const MOST: i32>(acc: int32x4_t, codes: &[int32x4_t], a: *const i8) -> int32x4_t {
+        if DOTPROD {
+            return Self::dots_signed(acc, codes, a);
+        }
+        let mut acc = acc;
+        let most = (i16::MAX as i32 / (2 * 127 * MOST)) as usize;
+        let mut sums = [vdupq_n_s16(0); 2];
+        for (at, four) in codes.chunks(4).enumerate() {
+            let a = activations(a.add(16 * at), four.len());
+            for (i, &codes) in four.iter().enumerate() {
+                let (codes, a, before) = (as_bytes(codes), broadcast(a, i), 4 * at + i);
+                if before > 0 && before % most == 0 {
+                    acc = vpadalq_s16(acc, vpaddq_s16(sums[0], sums[1]));
+                }
+                sums = if before % most == 0 { products(codes, a) } else { add_products(sums, codes, a) };
+            }
+        }
+        vpadalq_s16(acc, vpaddq_s16(sums[0], sums[1]))
+    }
+    #[inline(always)]
+    unsafe fn dots_signed(acc: int32x4_t, weights: &[int32x4_t], a: *const i8) -> int32x4_t {
+        let mut acc = acc;
+        for (at, four) in weights.chunks(4).enumerate() {
+            let a = activations(a.add(16 * at), four.len());
+            for (i, &weights) in four.iter().enumerate() {
+                acc = if DOTPROD {
+                    sdot(acc, weights, a, i)
+                } else {
+                    let (weights, a) = (as_bytes(weights), broadcast(a, i));
+                    let [low, high] = products(weights, a);
+                    vpadalq_s16(acc, vpaddq_s16(low, high))
+                };
+            }
+        }
+        acc
     }
     #[inline(always)]
     unsafe fn dot_halves(acc: int32x4_t, halves: int32x4_t, a: i32) -> int32x4_t {
@@ -572,6 +696,13 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
     #[inline(always)]
     unsafe fn to_float(a: int32x4_t) -> float32x4_t {
         vcvtq_f32_s32(a)
+    }
+    /// Added to the bits of 1.5·2^23, an integer counts units in the last place: two short instructions for a long one.
+    #[inline(always)]
+    unsafe fn small_to_float(a: int32x4_t) -> float32x4_t {
+        const BASE: f32 = 12_582_912.0;
+        let moved = vaddq_s32(a, vdupq_n_s32(BASE.to_bits() as i32));
+        vsubq_f32(vreinterpretq_f32_s32(moved), vdupq_n_f32(BASE))
     }
     #[inline(always)]
     unsafe fn splat_float(value: f32) -> float32x4_t {

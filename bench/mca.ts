@@ -1,0 +1,185 @@
+/**
+ * What kernels cost on Arm, without an Arm machine: the instructions that one product executes, as qemu logs them, timed by
+ * llvm-mca's models of a Cortex-A72 (Raspberry Pi 4) and a Neoverse N1, which is a Cortex-A76 (Raspberry Pi 5; llvm-mca
+ * silently takes an A57 for the name `cortex-a76`). Reads hit the first cache. The whole kernel counts, its scales included, but
+ * neither the rounding of activations nor the making of tables.
+ *
+ * `deno run -A bench/mca.ts [--record] [TYPE…]`; needs Debian's llvm-19 beside what `.ci/arm64` installs.
+ *
+ * @module
+ */
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { z } from "zod";
+import { cacheFolder } from "./cache.ts";
+
+const ROOT = fileURLToPath(new URL("..", import.meta.url));
+const TARGET = join(ROOT, "kernels/target/arm64");
+const PROGRAM = join(TARGET, "aarch64-unknown-linux-gnu/release/examples/one_product");
+
+/** The processors, and the sets of kernels that they run. */
+const CPUS = [
+  { cpu: "neoverse-n1", board: "Pi 5", sets: ["neon-dotprod", "neon"], features: "+dotprod" },
+  { cpu: "cortex-a72", board: "Pi 4", sets: ["neon"], features: "" },
+] as const;
+
+const PRODUCTS: readonly (readonly [type: string, codes: string])[] = [
+  ["L1", "planes1"],
+  ["L1", "fields1"],
+  ["L2", "planes2"],
+  ["L2", "fields2"],
+  ["L3", "planes3"],
+  ["L3", "fields3"],
+  ["Q4_0", "planes4"],
+  ["Q4_0", "fields4"],
+  ["TQ2_0", "planes2"],
+  ["TQ2_0", "fields2"],
+  ["TQ1_0", "trits"],
+  ["Q2_K", "fields2"],
+  ["Q3_K", "fields3"],
+  ["Q4_K", "fields4"],
+  ["Q6_K", "fields6"],
+  ["Q8_0", "fields8"],
+  ["IQ4_NL", "fields4"],
+  ["F16", "floatf16"],
+];
+const BATCHES = [1, 8];
+
+/** One kernel on one processor. A weight counts once for each row of activations. */
+export interface McaRow {
+  readonly type: string;
+  readonly codes: string;
+  readonly isa: string;
+  readonly cpu: string;
+  readonly batch: number;
+  readonly weights: number;
+  readonly instructions: number;
+  readonly cycles: number;
+}
+
+async function output(command: string, args: readonly string[]): Promise<string> {
+  const { success, stdout, stderr } = await new Deno.Command(command, { args: [...args] }).output();
+  if (!success) throw new Error(`${command} ${args.join(" ")} failed: ${new TextDecoder().decode(stderr)}`);
+  return new TextDecoder().decode(stdout);
+}
+
+/** An instruction as llvm-mca reads it: targets of jumps and pages do not matter to it, but must be within reach. */
+export function withoutTargets(instruction: string): string {
+  const [text = ""] = instruction.split("<");
+  return /^(b|bl|b\.\w+|cbn?z|tbn?z|adrp?)\s/.test(text) ? text.replace(/0x[0-9a-f]+\s*$/, "#4096") : text.trim();
+}
+
+/** Kernels' functions: where each starts and how long it is. */
+async function functions(): Promise<[start: number, length: number][]> {
+  const kernels = /lutra_kernels\S*aarch64\S*(flat|nested|trits|bits_tile|float_f16)/;
+  const lines = (await output("llvm-nm-19", ["-S", PROGRAM])).split("\n").filter((line) => kernels.test(line));
+  return lines.map((line) => line.split(" ").slice(0, 2).map((hex) => parseInt(hex, 16)) as [number, number]);
+}
+
+/** The program's instructions by address. */
+async function disassembly(): Promise<Map<number, string>> {
+  const found = new Map<number, string>();
+  for (const line of (await output("llvm-objdump-19", ["-d", "--no-show-raw-insn", PROGRAM])).split("\n")) {
+    const match = /^\s*([0-9a-f]+):\s+(.*)$/.exec(line);
+    if (match !== null) found.set(parseInt(match[1]!, 16), withoutTargets(match[2]!.replaceAll("\t", " ")));
+  }
+  return found;
+}
+
+const summarySchema = z.object({
+  CodeRegions: z.tuple([z.object({ SummaryView: z.object({ TotalCycles: z.number(), Instructions: z.number() }) })]),
+});
+
+/** Builds the kernels and times every product on every processor. */
+export async function measure(types: readonly string[]): Promise<McaRow[]> {
+  const build = ["--", "cargo", "build", "--quiet", "--release", "--manifest-path", "kernels/Cargo.toml"];
+  await output(join(ROOT, ".ci/arm64"), [...build, "--example", "one_product"]);
+  const [ranges, instructions] = await Promise.all([functions(), disassembly()]);
+  const folder = cacheFolder("mca", crypto.randomUUID());
+  const [log, listing] = [join(folder, "log"), join(folder, "listing.s")];
+  const qemu = (options: readonly string[], args: readonly string[]) =>
+    output("qemu-aarch64-static", [
+      "-cpu",
+      "max",
+      "-L",
+      "/usr/aarch64-linux-gnu",
+      "-D",
+      log,
+      ...options,
+      PROGRAM,
+      ...args,
+    ]);
+  const rows: McaRow[] = [];
+  try {
+    for (const [type, codes] of PRODUCTS.filter(([type]) => types.length === 0 || types.includes(type))) {
+      for (const isa of ["neon-dotprod", "neon"]) {
+        for (const batch of BATCHES) {
+          const product = [type, codes, isa, String(batch)];
+          await qemu(["-d", "page"], product);
+          // The first mapping is the program's.
+          const base = parseInt(/^([0-9a-f]{16})-/m.exec(readFileSync(log, "utf8"))?.[1] ?? "", 16);
+          const filter = ranges.map(([start, length]) => `${base + start}+${length}`).join(",");
+          const said = await qemu(["-singlestep", "-d", "exec,nochain", "-dfilter", filter], product);
+          const weights = parseInt(said);
+          const executed = readFileSync(log, "utf8").matchAll(/^Trace \d+: \w+ \[\w+\/(\w+)\//gm);
+          const lines = [...executed].map(([, pc]) => instructions.get(parseInt(pc!, 16) - base));
+          if (lines.length === 0 || lines.includes(undefined)) throw new Error(`no trace of ${product.join(" ")}`);
+          writeFileSync(listing, `${lines.join("\n")}\n`);
+          for (const { cpu, sets, features } of CPUS) {
+            if (!(sets as readonly string[]).includes(isa)) continue;
+            const options = ["-mtriple=aarch64", `-mcpu=${cpu}`, `-mattr=${features}`, "-iterations=1", "-json"];
+            const json = JSON.parse(await output("llvm-mca-19", [...options, listing]));
+            const [{ SummaryView }] = summarySchema.parse(json).CodeRegions;
+            rows.push({
+              ...{ type, codes, isa, cpu, batch, weights },
+              instructions: SummaryView.Instructions,
+              cycles: SummaryView.TotalCycles,
+            });
+          }
+        }
+      }
+    }
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+  return rows;
+}
+
+/** A table of cycles per weight and of weights per cycle, batch 1 and 8, for each processor and set. */
+export function describe(rows: readonly McaRow[]): string {
+  const columns = CPUS.flatMap(({ cpu, board, sets }) =>
+    sets.map((isa) => ({ cpu, isa, name: `${cpu} (${board}), ${isa}` }))
+  );
+  const cell = (row: McaRow | undefined) =>
+    row === undefined ? "" : `${(row.cycles / row.weights).toFixed(3)} (${(row.weights / row.cycles).toFixed(1)})`;
+  const lines = BATCHES.flatMap((batch) => [
+    `Batch ${batch}:`,
+    "",
+    `| type | codes | ${columns.map((column) => column.name).join(" | ")} |`,
+    `| --- | --- | ${columns.map(() => "---:").join(" | ")} |`,
+    ...[...new Set(rows.map((row) => `${row.type} | ${row.codes}`))].map((name) => {
+      const of = ({ cpu, isa }: { cpu: string; isa: string }) =>
+        rows.find((r) => `${r.type} | ${r.codes}` === name && r.cpu === cpu && r.isa === isa && r.batch === batch);
+      return `| ${name} | ${columns.map((column) => cell(of(column))).join(" | ")} |`;
+    }),
+    "",
+  ]);
+  return lines.join("\n");
+}
+
+if (import.meta.main) {
+  const types = Deno.args.filter((arg) => arg !== "--record");
+  const rows = await measure(types);
+  const table = describe(rows);
+  console.log(table);
+  if (Deno.args.includes("--record")) {
+    const date = new Date().toISOString().slice(0, 10);
+    const path = join(ROOT, "bench/results", `arm-mca-${date}`);
+    const llvm = /LLVM version \S+/.exec(await output("llvm-mca-19", ["--version"]))?.[0];
+    mkdirSync(join(ROOT, "bench/results"), { recursive: true });
+    writeFileSync(`${path}.json`, `${JSON.stringify({ date, llvm, rows }, undefined, 1)}\n`);
+    const head = `# Arm by llvm-mca, ${date}\n\nCycles per weight (weights per cycle), ${llvm}. How to read this:`;
+    writeFileSync(`${path}.md`, `${head}\n[bench/README.md](../README.md#arm).\n\n${table}`);
+  }
+}
