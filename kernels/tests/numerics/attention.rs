@@ -280,7 +280,7 @@ fn results_are_near_the_exact_ones_in_every_cache() {
     let mut random = Random::new(47);
     let ks = select(None).unwrap();
     for size in [0.1f32, 1.0, 4.0] {
-        for case in cases() {
+        for case in cases().into_iter().step_by(stride()) {
             let s = case.fill(ks, size, &mut random);
             let rows = all_rows(&case);
             let q = random.floats(rows.len() * case.wide());
