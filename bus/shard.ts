@@ -189,6 +189,8 @@ export const shardSchema = z.strictObject({
   path: z.string().min(1).max(4096),
   /** KV cache: `tokens` over all sequences, rounded up to blocks. */
   kv: z.strictObject({ type: z.enum(["f16", "f32", "q8"]), tokens: count }),
+  /** Bits that activations are rounded to, a scale for each group of weights. @default "a8" */
+  activations: z.enum(["a8", "a16"]).optional(),
   /** Most tokens of a micro-batch. */
   maxBatch: count,
   hyper: hyperSchema,

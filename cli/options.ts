@@ -32,6 +32,7 @@ export interface ClusterFlags {
   threads?: number;
   context?: number;
   kvType?: "f16" | "f32" | "q8";
+  activations?: "a8" | "a16";
   isa?: string;
   pin?: boolean;
   /** False: `--no-cache`. */
@@ -47,6 +48,13 @@ export function withClusterOptions(command: Command): Command {
     .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
     .addOption(
       new Option("--kv-type <type>", "element type of the KV cache").choices(["f16", "f32", "q8"]).default("f16"),
+    )
+    .addOption(
+      new Option(
+        "--activations <bits>",
+        "round what low-bit weights multiply to 8 bits, or to 16: exacter, up to half as fast",
+      )
+        .choices(["a8", "a16"]).default("a8"),
     )
     .option("--isa <name>", "instruction set of the kernels (default: the best)")
     .option("--pin", "bind each thread to a core, the fastest first (Linux)")
@@ -75,13 +83,14 @@ export function cacheChoice(): CacheChoice {
 
 /** The cluster's options that the flags stand for. */
 export function clusterOptions(flags: ClusterFlags): LocalClusterOptions {
-  const { shards, threads, context, kvType, isa, pin, cache, tune } = flags;
+  const { shards, threads, context, kvType, activations, isa, pin, cache, tune } = flags;
   return {
     cache: cache === false ? null : cacheChoice(),
     ...(shards === undefined ? {} : { shards }),
     ...(threads === undefined ? {} : { threads }),
     ...(context === undefined ? {} : { context }),
     ...(kvType === undefined ? {} : { kvType }),
+    ...(activations === undefined ? {} : { activations }),
     ...(isa === undefined ? {} : { isa }),
     ...(pin === true ? { pin: "cores" } : {}),
     ...(tune === undefined ? {} : { tune }),

@@ -44,6 +44,8 @@ export interface EngineOptions {
   context?: number;
   /** Element type of the KV cache. @default {"f16"} */
   kvType?: Shard["kv"]["type"];
+  /** Bits that activations are rounded to before low-bit weights multiply them. @default {"a8"} */
+  activations?: NonNullable<Shard["activations"]>;
   /** Tokens that the KV cache holds, over all requests. Default: 8192, or the context when that is longer. */
   kvTokens?: number;
   /** Most tokens of a micro-batch. @default {256} */
@@ -120,7 +122,14 @@ export class Engine {
     this.#scheduler = new Scheduler(NO_RUNNER, settings.scheduler);
     this.#scheduler.pause();
     const kv = { type: options.kvType ?? "f16", tokens: settings.kvTokens } as const;
-    const shard = { path: model.path, kv, maxBatch: settings.scheduler.maxBatch, context: settings.context };
+    const { activations = "a8" } = options;
+    const shard = {
+      path: model.path,
+      kv,
+      activations,
+      maxBatch: settings.scheduler.maxBatch,
+      context: settings.context,
+    };
     this.#deployment = new Deployment({
       bus,
       cluster,

@@ -7,6 +7,7 @@ export interface ShardSettings {
   /** The model file, as the workers name it. */
   readonly path: string;
   readonly kv: Shard["kv"];
+  readonly activations: NonNullable<Shard["activations"]>;
   readonly maxBatch: number;
   /** Most tokens of a sequence. */
   readonly context: number;
@@ -60,6 +61,7 @@ export function shardOf(
   return {
     path: settings.path,
     kv: settings.kv,
+    activations: settings.activations,
     maxBatch: settings.maxBatch,
     hyper: { ...hyper, context: settings.context },
     first,

@@ -55,6 +55,21 @@ for (const golden of goldens) {
   });
 }
 
+for (const golden of goldens.filter((golden) => golden.tolerance === 0)) {
+  Deno.test(`fixture ${golden.file}: with activations of 16 bits logits equal transformers', on one shard and on two`, async () => {
+    const expected = new Float32Array(Deno.readFileSync(fixture(golden.logits)).buffer);
+    const options = { kvType: "f32", activations: "a16" } as const;
+    await using one = await startCluster(fixture(golden.file), options);
+    const logits = await one.engine.logits(golden.tokens);
+    // A 256th of the rounding of 8 bits.
+    const bound = a8Bound(one.engine.model.description.hyper.layers) / 256;
+    const error = relativeError(logits, expected);
+    assert.ok(error <= bound, `relative error ${error} exceeds ${bound}`);
+    await using two = await startCluster(fixture(golden.file), { ...options, shards: 2 });
+    assert.deepEqual(await two.engine.logits(golden.tokens), logits);
+  });
+}
+
 const model = (type: string) => shared.path(`models/stories260K-${type}.gguf`);
 
 Deno.test({

@@ -5,6 +5,7 @@
 
 use crate::cores::Pin;
 use crate::error::{Error, Result};
+use crate::matmul::Precision;
 use crate::ops::Activation;
 pub use crate::ops::RopeStyle;
 use crate::pack::SourceType;
@@ -271,6 +272,8 @@ pub struct Descriptor {
     #[serde(default)]
     pub tune: Tuning,
     pub kv: Kv,
+    #[serde(default)]
+    pub activations: Precision,
     /// Most tokens of a micro-batch.
     pub max_batch: usize,
     pub hyper: Hyper,

@@ -38,6 +38,6 @@ pub mod weight_cache;
 
 pub use dispatch::{available, select, Isa, Kernels, Variant};
 pub use error::{Error, Result};
-pub use matmul::{matmul, matmul_all, matmul_by, matmul_gated, Activations, Plan};
+pub use matmul::{matmul, matmul_all, matmul_by, matmul_gated, Activations, Plan, Precision};
 pub use pack::{dequantize, pack, pack_as, PackedForm, PackedMatrix, SourceType};
 pub use pool::Pool;

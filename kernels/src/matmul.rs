@@ -8,7 +8,7 @@ use crate::arch::vector::Vector;
 use crate::dispatch::{Kernels, Variant};
 use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILE};
 use crate::pool::Pool;
-use crate::quantize::Table;
+use crate::quantize::{quantize16, Table};
 use std::ops::Range;
 
 /// Activation rows that a tile kernel takes at once.
@@ -92,9 +92,31 @@ struct Quantized {
     has_tables: bool,
 }
 
+/// To how many bits activations are rounded, a scale for each group of weights. Float weights take them as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    A8,
+    /// As two digits (`quantize::quantize16`), each a row of int8 activations to every kernel. Products of both are exact
+    /// integers, groups are added in order for each, and y = high + low at the end.
+    A16,
+}
+
+impl Precision {
+    /// Rows of int8 activations that stand for one.
+    fn digits(self) -> usize {
+        match self {
+            Precision::A8 => 1,
+            Precision::A16 => 2,
+        }
+    }
+}
+
 /// Activations made ready for products: a reusable scratch.
 #[derive(Default)]
 pub struct Activations {
+    precision: Precision,
     n: usize,
     k: usize,
     has_floats: bool,
@@ -123,8 +145,13 @@ impl<T> Shared<T> {
 }
 
 impl Activations {
+    /// Rounded to 8 bits.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    pub fn with_precision(precision: Precision) -> Self {
+        Self { precision, ..Self::default() }
     }
 
     /// Prepares `x` (n × k, row-major) for products with weights of `forms`, by any plan; several matrices share one call. `k`
@@ -146,7 +173,7 @@ impl Activations {
                 self.quantized.push(Quantized::new(group));
                 self.quantized.len() - 1
             });
-            self.quantized[at].prepare(ks, x, n, k, tables, pool);
+            self.quantized[at].prepare(ks, x, [n, k], self.precision, tables, pool);
         }
     }
 }
@@ -166,13 +193,23 @@ impl Quantized {
         }
     }
 
-    fn prepare(&mut self, ks: &Kernels, x: &[f32], n: usize, k: usize, tables: bool, pool: &Pool) {
+    fn prepare(
+        &mut self,
+        ks: &Kernels,
+        x: &[f32],
+        [n, k]: [usize; 2],
+        precision: Precision,
+        tables: bool,
+        pool: &Pool,
+    ) {
         let (quantize, build) = (!self.current, tables && !(self.current && self.has_tables));
         self.has_tables = tables || self.current && self.has_tables;
         self.current = true;
         if !quantize && !build {
             return;
         }
+        // From here on lengths are those of all digits of a row.
+        let (x_len, k) = (k, k * precision.digits());
         let (group, groups) = (self.group, k / self.group);
         self.codes.resize(n * k + ACTIVATION_PAD, 0);
         self.scales.resize(n * groups, 0.0);
@@ -196,7 +233,11 @@ impl Quantized {
                 let codes = codes.slice(i * k, k);
                 if quantize {
                     let (scales, sums) = (scales.slice(i * groups, groups), sums.slice(i * groups, groups));
-                    (ks.quantize)(&x[i * k..][..k], group, codes, scales, sums);
+                    let x = &x[i * x_len..][..x_len];
+                    match precision {
+                        Precision::A8 => (ks.quantize)(x, group, codes, scales, sums),
+                        Precision::A16 => quantize16(x, group, codes, scales, sums),
+                    }
                     let (sums16, sums32) = (sums16.slice(i * subs16, subs16), sums32.slice(i * subs32, subs32));
                     for (sum, codes) in sums16.iter_mut().zip(codes.chunks_exact(16)) {
                         *sum = codes.iter().map(|&a| a as i16).sum(); // ≤ 16·127
@@ -275,6 +316,8 @@ pub fn matmul_gated(
 struct Product<'a> {
     w: &'a PackedMatrix,
     kernel: TileKernel,
+    /// Rows of `args` that stand for one of the activations.
+    digits: usize,
     width: usize,
     block_bytes: usize,
     args: TileArgs<'a>,
@@ -296,6 +339,8 @@ impl<'a> Product<'a> {
         let needed = (n - 1).checked_mul(y_stride).and_then(|before| before.checked_add(w.rows));
         assert!(y_stride >= w.rows && needed.is_some_and(|needed| needed <= y.len()), "matmul: output is too short");
         let variant = plan.variant(ks, form);
+        let digits = if form.act_group() == 0 { 1 } else { act.precision.digits() };
+        let rows = n * digits;
         let mut args = TileArgs {
             form,
             tile: &[],
@@ -317,27 +362,29 @@ impl<'a> Product<'a> {
             let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group());
             let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
             let groups = k / prepared.group;
-            args.codes = &prepared.codes[..n * k + ACTIVATION_PAD];
-            args.scales = &prepared.scales[..n * groups];
-            args.sums = &prepared.sums[..n * groups];
+            args.codes = &prepared.codes[..rows * k + ACTIVATION_PAD];
+            args.scales = &prepared.scales[..rows * groups];
+            args.sums = &prepared.sums[..rows * groups];
             args.sub_sums = match form.scale.sub(prepared.group) {
                 _ if form.scale.words() == 0 => &[],
-                16 => &prepared.sums16[..n * (k / 16)],
-                _ => &prepared.sums32[..n * (k / 32)],
+                16 => &prepared.sums16[..rows * (k / 16)],
+                _ => &prepared.sums32[..rows * (k / 32)],
             };
             if variant.tables {
                 assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
-                args.tables = &prepared.tables[..n * (k / 4)];
+                args.tables = &prepared.tables[..rows * (k / 4)];
             }
         }
-        let (kernel, width) = (variant.tile, plan.width.clamp(1, variant.widths[0]));
-        Product { w, kernel, width, block_bytes: plan.block_bytes, args, y: Shared(y.as_mut_ptr()), y_stride }
+        // Of activations; the digits of one go together.
+        let width = plan.width.min(variant.widths[0] / digits).max(1);
+        let y = Shared(y.as_mut_ptr());
+        Product { w, kernel: variant.tile, digits, width, block_bytes: plan.block_bytes, args, y, y_stride }
     }
 
     /// Activation rows that stay in cache.
     fn block(&self, n: usize) -> usize {
         let TileArgs { form, k, tables, .. } = self.args;
-        let per_row = k * if form.act_group() == 0 { 4 } else { 1 } + tables.len() / n * size_of::<Table>();
+        let per_row = k * if form.act_group() == 0 { 4 } else { self.digits } + tables.len() / n * size_of::<Table>();
         (self.block_bytes / per_row).clamp(1, n).next_multiple_of(self.width)
     }
 }
@@ -363,11 +410,16 @@ fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize
                     let rows = tile_rows.min(p.w.rows - row);
                     let mut args = TileArgs { tile: p.w.tile(row / tile_rows), ..p.args };
                     for first in inputs.clone().step_by(p.width) {
-                        args.first = first;
-                        args.count = p.width.min(inputs.end - first);
+                        let count = p.width.min(inputs.end - first);
+                        (args.first, args.count) = (first * p.digits, count * p.digits);
                         // SAFETY: `Product::new` had kernels that are usable on this machine, and cut the slices.
                         unsafe { (p.kernel)(&args, &mut out) };
-                        for (j, sums) in out.iter().enumerate().take(args.count) {
+                        if p.digits == 2 {
+                            for j in 0..count {
+                                out[j] = std::array::from_fn(|row| out[2 * j][row] + out[2 * j + 1][row]);
+                            }
+                        }
+                        for (j, sums) in out.iter().enumerate().take(count) {
                             // SAFETY: within `y` by the check in `Product::new`; rows of this tile are written by this
                             // part alone, as edges are multiples of tiles.
                             unsafe { p.y.slice((first + j) * p.y_stride + row, rows) }.copy_from_slice(&sums[..rows]);

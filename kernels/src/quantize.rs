@@ -53,6 +53,41 @@ pub(crate) fn quantize_portable(x: &[f32], group: usize, codes: &mut [i8], scale
     }
 }
 
+/// Of 16-bit activations: q = 255·high + low, both −127 ..= 127, so that kernels of int8 activations multiply each, exactly.
+pub(crate) const DIGIT: i32 = 255;
+/// The largest such q.
+pub const LARGEST_16: i32 = 127 * DIGIT + 127;
+
+/// Quantises `x`, whole groups, to 16 bits: `a ≈ d·q`, q = a / d rounded half to even, |q| ≤ `LARGEST_16`, d the least f32 of 16
+/// significant bits with d·`LARGEST_16` ≥ max|a|, so that 255·d is exact too. The first half of each output is of the high
+/// digits (their scale 255·d), the second of the low ones. Groups of zeros are as with 8 bits.
+pub(crate) fn quantize16(x: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+    let groups = x.len() / group;
+    assert!(x.len() == groups * group && codes.len() == 2 * x.len());
+    assert!(scales.len() == 2 * groups && sums.len() == 2 * groups);
+    let (high, low) = codes.split_at_mut(x.len());
+    for (g, x) in x.chunks_exact(group).enumerate() {
+        let largest = f32::from_bits(x.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0));
+        let d = match largest {
+            v if !v.is_finite() => f32::NAN,
+            v if v < SMALLEST => 0.0,
+            v => f32::from_bits(((v / LARGEST_16 as f32).to_bits() + 0xff) & !0xff),
+        };
+        (scales[g], scales[groups + g]) = (d * DIGIT as f32, d);
+        let factor = if d > 0.0 { 1.0 / d } else { 0.0 };
+        let places = g * group..(g + 1) * group;
+        let (high, low) = (&mut high[places.clone()], &mut low[places]);
+        for ((v, high), low) in x.iter().zip(&mut *high).zip(&mut *low) {
+            let most = LARGEST_16 as f32;
+            let q = if factor == 0.0 { 0 } else { (v * factor).round_ties_even().clamp(-most, most) as i32 };
+            let rest = (q + 127).rem_euclid(DIGIT) - 127;
+            (*high, *low) = (((q - rest) / DIGIT) as i8, rest as i8);
+        }
+        sums[g] = high.iter().map(|&q| q as i32).sum();
+        sums[groups + g] = low.iter().map(|&q| q as i32).sum();
+    }
+}
+
 /// One table per four codes.
 pub(crate) fn build_tables_portable(codes: &[i8], tables: &mut [Table]) {
     for (four, table) in codes.chunks_exact(4).zip(tables) {

@@ -147,7 +147,7 @@ impl Shard {
             state: Mutex::new(State {
                 kv,
                 ropes,
-                act: Activations::new(),
+                act: Activations::with_precision(d.activations),
                 buffers: Buffers::default(),
                 profile: Profile::default(),
             }),

@@ -4,13 +4,17 @@ use crate::{assert_same, is_float, scale_at, source, stride, Random, Weights};
 use lutra_kernels::ops::Activation;
 use lutra_kernels::{
     available, dequantize, matmul, matmul_all, matmul_by, matmul_gated, ops, pack, pack_as, select, Activations,
-    Kernels, PackedForm, PackedMatrix, Plan, Pool, SourceType,
+    Kernels, PackedForm, PackedMatrix, Plan, Pool, Precision, SourceType,
 };
 
 /// y = x·Wᵀ with activations prepared for this matrix alone.
 fn product(ks: &Kernels, w: &PackedMatrix, x: &[f32], pool: &Pool) -> Vec<f32> {
+    product_of(Precision::A8, ks, w, x, pool)
+}
+
+fn product_of(precision: Precision, ks: &Kernels, w: &PackedMatrix, x: &[f32], pool: &Pool) -> Vec<f32> {
     let n = x.len() / w.cols;
-    let mut act = Activations::new();
+    let mut act = Activations::with_precision(precision);
     act.prepare(ks, x, n, w.cols, &[w.form], pool);
     let mut y = vec![f32::NAN; n * w.rows];
     matmul(ks, w, &act, &mut y, w.rows, pool);
@@ -189,6 +193,64 @@ fn every_instruction_set_gives_portables_bits() {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bits_give_portables_bits_everywhere() {
+    let mut random = Random::new(31);
+    let portable = select(Some("portable")).unwrap();
+    for ty in SourceType::ALL {
+        for (case, &(rows, cols)) in shapes(ty).iter().enumerate() {
+            for kind in (0..KINDS).skip(case % stride()).step_by(stride()) {
+                let n = 1 + random.below(11);
+                let src = source(ty, rows * cols, Weights::Hostile, &mut random);
+                let x = activations(kind, n, cols, &mut random);
+                let expected = product_of(
+                    Precision::A16,
+                    portable,
+                    &pack(ty, &src, rows, cols, &Pool::new(1)).unwrap(),
+                    &x,
+                    &Pool::new(1),
+                );
+                for form in PackedForm::candidates(ty) {
+                    let w = pack_as(form, ty, &src, rows, cols, &Pool::new(1)).unwrap();
+                    for ks in available() {
+                        for threads in [1, 3] {
+                            let y = product_of(Precision::A16, ks, &w, &x, &Pool::new(threads));
+                            assert_same(&y, &expected, &format!("{} {form:?} activations {kind} × {n}", ks.isa));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bits_lose_nothing_of_integers_up_to_32512() {
+    let mut random = Random::new(32);
+    let pool = Pool::new(1);
+    for ty in SourceType::ALL {
+        let (rows, cols, n) = (33, 512, 5);
+        let src = source(ty, rows * cols, Weights::Sane, &mut random);
+        let mut weights = vec![0f32; rows * cols];
+        dequantize(ty, &src, &mut weights).unwrap();
+        let w = pack(ty, &src, rows, cols, &pool).unwrap();
+        // The largest in every group, so that d is 1 and q is the activation.
+        let x: Vec<f32> = (0..n * cols)
+            .map(|i| if i % 32 == 7 { 32512.0 } else { random.below(2 * 32512 + 1) as f32 - 32512.0 })
+            .collect();
+        let y = product_of(Precision::A16, available().last().unwrap(), &w, &x, &pool);
+        for (x, y) in x.chunks_exact(cols).zip(y.chunks_exact(rows)) {
+            for (w, &y) in weights.chunks_exact(cols).zip(y) {
+                let exact: f64 = w.iter().zip(x).map(|(&w, &x)| w as f64 * x as f64).sum();
+                // Only the scales and the sums of groups are rounded, at 2^-24 each; with 8 bits it would be 100 times more.
+                let most = w.iter().fold(0f32, |most, w| most.max(w.abs())) as f64;
+                let bound = 2e-6 * most * x.iter().map(|x| x.abs() as f64).sum::<f64>();
+                assert!((y as f64 - exact).abs() <= bound, "{ty:?}: {y} for {exact} ± {bound}");
             }
         }
     }
