@@ -191,11 +191,12 @@ impl Scene {
         let run = Run {
             threads,
             isa: Some(names[random.below(names.len())]),
-            kv: ["f16", "f32"][random.below(2)],
+            kv: ["f16", "f32", "q8"][random.below(3)],
             kv_tokens: 1 + random.below(200),
             max_batch: 1 + random.below(40),
         };
         let mut d = self.model.descriptor(first, end, run);
+        d["activations"] = json!(["a8", "a16"][random.below(2)]);
         if random.below(3) == 0 {
             let mut bytes = self.bytes.clone();
             bytes.truncate(random.below(bytes.len() + 1));
@@ -204,7 +205,9 @@ impl Scene {
         }
         if random.below(3) == 0 {
             // Any type's blocks out of any place of the file: values of all kinds, in matrices of all kinds.
-            let tensor = &mut d["layers"][0][["q", "k", "v", "o", "gate", "up", "down"][random.below(7)]];
+            let places = ["q", "k", "v", "o", "mlp/gate", "mlp/up", "mlp/down"];
+            let place = format!("/layers/0/{}/weight", places[random.below(places.len())]);
+            let tensor = d.pointer_mut(&place).expect("a dense layer");
             let ty = any_type(random);
             let (cols, rows) = (tensor["shape"][0].as_u64().unwrap(), tensor["shape"][1].as_u64().unwrap());
             let bytes = ty.tensor_bytes(rows as usize, cols as usize).unwrap_or(0);
