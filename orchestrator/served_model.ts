@@ -7,7 +7,8 @@ export interface ShardSettings {
   /** The model file, as the workers name it. */
   readonly path: string;
   readonly kv: Shard["kv"];
-  readonly activations: NonNullable<Shard["activations"]>;
+  /** @default {"a8"} */
+  readonly activations?: NonNullable<Shard["activations"]>;
   readonly maxBatch: number;
   /** Most tokens of a sequence. */
   readonly context: number;
@@ -61,7 +62,7 @@ export function shardOf(
   return {
     path: settings.path,
     kv: settings.kv,
-    activations: settings.activations,
+    activations: settings.activations ?? "a8",
     maxBatch: settings.maxBatch,
     hyper: { ...hyper, context: settings.context },
     first,
