@@ -79,7 +79,7 @@ Deno.test("loadModel: a folder that cannot be run says which part is wrong", () 
         [{ sliding_window: 16 }, /sliding_window is 16/],
         [{ hidden_act: "gelu" }, /hidden_act is gelu/],
         [{ num_hidden_layers: 4 }, /not understood/],
-        [{ num_hidden_layers: 6 }, /blk\.5\.attn_norm\.weight is missing/],
+        [{ num_hidden_layers: 6 }, /blk\.5\.attn_q\.weight is missing/],
       ] as const
     ) {
       write(config);
