@@ -8,6 +8,7 @@
  * | `lutra.C.discover` | to all workers | empty: announce yourselves |
  * | `lutra.C.hello` | from a worker | {@linkcode Hello} |
  * | `lutra.C.worker.W.ctl` | to a worker | {@linkcode ControlRequest}, answered by {@linkcode ControlReply} |
+ * | `lutra.C.worker.W.probe` | to a worker | anything; answered at once by its clock (f64, milliseconds since 1970) and the same bytes |
  * | `lutra.C.worker.W.stage.S` | to stage `S`, which that worker holds | WORK |
  * | `lutra.C.orchestrator` | to the orchestrator that serves | empty; answered by {@linkcode ClusterStatus} |
  * | `lutra.C.orchestrator.O.results` | to orchestrator `O` | RESULT |
@@ -24,12 +25,14 @@ const size = z.number().int().nonnegative();
 /** One token of a subject. */
 const name = z.string().regex(/^[A-Za-z0-9_-]{1,64}$/, "use up to 64 letters, digits, _ and -");
 const subject = z.string().max(256);
+const version = z.string().max(64);
 
 /** The subjects of a cluster. Throws {@linkcode WireError} when `cluster` is no name. */
 export function clusterSubjects(cluster: string): {
   discover: string;
   hello: string;
   control(worker: string): string;
+  probe(worker: string): string;
   stage(worker: string, stage: number): string;
   orchestrator: string;
   results(orchestrator: string): string;
@@ -39,6 +42,7 @@ export function clusterSubjects(cluster: string): {
     discover: `${root}.discover`,
     hello: `${root}.hello`,
     control: (worker) => `${root}.worker.${checkName(worker)}.ctl`,
+    probe: (worker) => `${root}.worker.${checkName(worker)}.probe`,
     stage: (worker, stage) => `${root}.worker.${checkName(worker)}.stage.${stage}`,
     orchestrator: `${root}.orchestrator`,
     results: (orchestrator) => `${root}.orchestrator.${checkName(orchestrator)}.results`,
@@ -58,7 +62,7 @@ function checkName(value: string): string {
 export const anyHelloSchema = z.object({
   type: z.literal("hello"),
   id: name,
-  versions: z.object({ abi: u32, wire: u32 }),
+  versions: z.object({ abi: u32, wire: u32, lutra: version.optional() }),
 });
 
 /**
@@ -78,7 +82,7 @@ export const helloSchema = z.strictObject({
   epoch: u32,
   /** While stages are being loaded: the share that is, 0 to 1. */
   loading: z.number().min(0).max(1).optional(),
-  versions: z.strictObject({ abi: u32, wire: u32 }),
+  versions: z.strictObject({ abi: u32, wire: u32, lutra: version }),
   capabilities: z.strictObject({
     isa: z.string().max(64),
     cores: count,
@@ -95,6 +99,13 @@ export const helloSchema = z.strictObject({
     runningMs: z.number().nonnegative().nullable(),
     /** Milliseconds that it should take, by those before; `null` before the first. */
     expectedMs: z.number().nonnegative().nullable(),
+    /** Of each stage that it holds: how long a micro-batch takes, and how long the kernel library has worked in this epoch. */
+    stages: z.array(z.strictObject({
+      stage: u32,
+      /** Mean of the last ones in milliseconds; `null` before the first. */
+      stepMs: z.number().nonnegative().nullable(),
+      busyMs: z.number().nonnegative(),
+    })).max(256),
   }),
 });
 /** A worker tells that it is there, or leaves. */
@@ -204,6 +215,12 @@ export const clusterStatusSchema = z.strictObject({
     queued: size,
     /** Ranges of layers that it holds, end exclusive. */
     layers: z.array(z.tuple([u32, u32])),
+    /** Milliseconds that a micro-batch takes in each of them, the mean of the last ones; `null` before the first. */
+    stepMs: z.array(z.number().nonnegative().nullable()),
+    /** Milliseconds from the orchestrator to it and back, the median of the last pings; `null` before the first. */
+    rttMs: z.number().nonnegative().nullable(),
+    /** Share of the time with micro-batches on their way in which it did nothing, of late; `null` without any. */
+    bubble: z.number().min(0).max(1).nullable(),
   })),
 });
 /** What the orchestrator tells of the cluster. */

@@ -17,9 +17,9 @@ const hello: Hello = {
   state: "ready",
   session: "a-0",
   epoch: 0,
-  versions: { abi: 1, wire: 1 },
+  versions: { abi: 1, wire: 1, lutra: "0.1.0" },
   capabilities: { isa: "neon", cores: 4, memoryBytes: 4e9, bandwidthGBps: null },
-  work: { queued: 0, runningMs: null, expectedMs: null },
+  work: { queued: 0, runningMs: null, expectedMs: null, stages: [] },
 };
 
 Deno.test("decodeJson: returns what encodeJson wrote", () => {
@@ -32,7 +32,7 @@ Deno.test("decodeJson: refuses with the field's name, and throws nothing but Wir
   const cases: [value: unknown, message: RegExp][] = [
     [{ ...hello, id: "a.b" }, /id: use up to 64/],
     [{ ...hello, extra: 1 }, /extra/],
-    [{ ...hello, versions: { abi: -1, wire: 1 } }, /versions.abi/],
+    [{ ...hello, versions: { abi: -1, wire: 1, lutra: "" } }, /versions.abi/],
     [{ ...hello, capabilities: { ...hello.capabilities, bandwidthGBps: 0 } }, /bandwidthGBps/],
     [null, /message/],
     [[], /message/],

@@ -15,6 +15,8 @@ export * from "./errors.ts";
 export * from "./in_process.ts";
 export * from "./nats.ts";
 export * from "./nats_server.ts";
+export * from "./probe.ts";
 export * from "./shard.ts";
 export * from "./subject.ts";
+export * from "./version.ts";
 export * from "./wire.ts";

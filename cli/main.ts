@@ -7,7 +7,7 @@
 import { Command, CommanderError } from "commander";
 import { existsSync, readdirSync } from "node:fs";
 import { basename, dirname } from "node:path";
-import { BusError } from "../bus/mod.ts";
+import { BusError, LUTRA_VERSION } from "../bus/mod.ts";
 import { GgufError, ModelError } from "../model/mod.ts";
 import { OrchestratorError } from "../orchestrator/mod.ts";
 import { WorkerError } from "../worker/mod.ts";
@@ -26,7 +26,7 @@ import { addWorker } from "./worker.ts";
 export function createProgram(): Command {
   const program = new Command("lutra")
     .description("Run a language model on the boards you own.")
-    .version("0.1.0")
+    .version(LUTRA_VERSION)
     .option("--debug", "show where an error came from")
     .showHelpAfterError("(--help explains)")
     .exitOverride();

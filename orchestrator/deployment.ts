@@ -3,6 +3,7 @@ import type { Bus, Hello, Shard, Subscription } from "../bus/mod.ts";
 import { ClusterError, LoadError, PlacementError } from "./errors.ts";
 import { Membership } from "./membership.ts";
 import { Pipeline } from "./pipeline.ts";
+import { Telemetry } from "./telemetry.ts";
 import { place, slowestStage } from "./placement.ts";
 import type { ModelCost, PlacedStage } from "./placement.ts";
 
@@ -58,6 +59,8 @@ const REPLAN_MS = 30_000;
 /** Losses in a row without a micro-batch done between them, after which requests are given up. */
 const MOST_FRUITLESS = 4;
 const TICK_MS = 250;
+/** Milliseconds between two pings of every worker, where workers send heartbeats. */
+const PING_MS = 1000;
 
 /**
  * Keeps a model served by whatever workers are there: it places the model, has it loaded, watches over the workers and the messages,
@@ -66,6 +69,7 @@ const TICK_MS = 250;
  */
 export class Deployment {
   readonly membership: Membership;
+  readonly telemetry: Telemetry;
   readonly #options: DeploymentOptions;
   readonly #watching: Subscription;
   readonly #stop = new AbortController();
@@ -93,11 +97,13 @@ export class Deployment {
     this.membership = new Membership(options.bus, options.cluster, {
       ...(lostMs === undefined ? {} : { lostMs }),
       onLeave: (id, reason) => {
+        this.telemetry.forget(id);
         if (this.#sessions.has(id)) this.#trouble?.(new ClusterError(reason));
       },
       onHello: (hello) => this.#onHello(hello),
       onRefuse: (_, reason) => options.log(`refused: ${reason}`),
     });
+    this.telemetry = new Telemetry(options.bus, options.cluster, lostMs === undefined ? 0 : PING_MS);
     this.#watching = options.bus.watch((state) => {
       if (state === "connected") this.#trouble?.(new ClusterError("the bus was away: messages may be lost"));
     });
@@ -137,6 +143,7 @@ export class Deployment {
     this.#trouble?.(new ClusterError("the deployment was closed"));
     await this.#running;
     this.#watching.unsubscribe();
+    this.telemetry.close();
     this.membership.close();
     if (this.#pipeline === undefined) return;
     if (this.#options.unload) await this.#pipeline.close();
@@ -350,7 +357,9 @@ export class Deployment {
     return busy ? undefined : new ClusterError(`a message was lost ${Math.round(still)} ms ago`);
   }
 
-  #onHello({ id, state, epoch, work, loading }: Hello): void {
+  #onHello(hello: Hello): void {
+    const { id, state, epoch, work, loading } = hello;
+    this.telemetry.take(hello, this.#pipeline);
     if (loading !== undefined && this.#loaded?.has(id) === true) {
       this.#loaded.set(id, loading);
       this.#options.onLoading([...this.#loaded.values()].reduce((sum, share) => sum + share, 0) / this.#loaded.size);

@@ -298,13 +298,18 @@ export class Engine {
 
   /** How the cluster does, with every worker. */
   clusterStatus(): ClusterStatus {
-    const { state, reason, pipeline, recoveries, membership } = this.#deployment;
+    const { state, reason, pipeline, recoveries, membership, telemetry } = this.#deployment;
     const { running, waiting } = this.#scheduler.stats;
-    const layers = (id: string) =>
-      (pipeline?.placement ?? []).filter(({ worker }) => worker === id).map(({ first, end }): [number, number] => [
-        first,
-        end,
-      ]);
+    const placed = (id: string) => {
+      const stages = (pipeline?.placement ?? []).map((stage, number) => ({ ...stage, number }))
+        .filter(({ worker }) => worker === id);
+      const work = membership.get(id)?.work.stages ?? [];
+      return {
+        layers: stages.map(({ first, end }): [number, number] => [first, end]),
+        stepMs: stages.map(({ number }) => work.find(({ stage }) => stage === number)?.stepMs ?? null),
+        ...telemetry.of(id),
+      };
+    };
     const none = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, seenMs: 0, queued: 0 };
     const lost = (pipeline?.workers ?? []).filter((id) => membership.get(id) === undefined);
     return {
@@ -324,10 +329,10 @@ export class Engine {
           ...capabilities,
           seenMs: membership.seenMs(id),
           queued: work.queued,
-          layers: layers(id),
+          ...placed(id),
         })),
-        ...lost.map((id) => ({ id, state: "lost" as const, ...none, layers: layers(id) })),
-        ...[...membership.refused.keys()].map((id) => ({ id, state: "refused" as const, ...none, layers: [] })),
+        ...lost.map((id) => ({ id, state: "lost" as const, ...none, ...placed(id) })),
+        ...[...membership.refused.keys()].map((id) => ({ id, state: "refused" as const, ...none, ...placed(id) })),
       ],
     };
   }

@@ -189,8 +189,11 @@ export class Membership {
 
   #onHello(data: Uint8Array): void {
     let hello: Hello;
+    let id: string | undefined;
     try {
-      const { id, versions } = decodeJson(anyHelloSchema, data);
+      const any = decodeJson(anyHelloSchema, data);
+      const { versions } = any;
+      id = any.id;
       if (versions.wire !== WIRE_VERSION || versions.abi !== WORKER_ABI_VERSION) {
         return this.#refuse(
           id,
@@ -199,10 +202,11 @@ export class Membership {
       }
       hello = decodeJson(helloSchema, data);
     } catch (error) {
-      if (error instanceof WireError) return; // not a worker of ours
-      throw error;
+      if (!(error instanceof WireError)) throw error;
+      if (id === undefined) return; // not a worker of ours
+      return this.#refuse(id, `${id} announces itself in a form that is not known here: run the same Lutra on both`);
     }
-    const { id, session } = hello;
+    const { session } = hello;
     this.#newestEpoch = Math.max(this.#newestEpoch, hello.epoch);
     if (hello.state === "leaving") {
       this.#refused.delete(id);

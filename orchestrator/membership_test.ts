@@ -19,9 +19,9 @@ function hello(id: string, change: Partial<Hello> = {}): Uint8Array {
     state: "ready",
     session: "a-0",
     epoch: 0,
-    versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION },
+    versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION, lutra: "0.1.0" },
     capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null },
-    work: { queued: 0, runningMs: null, expectedMs: null },
+    work: { queued: 0, runningMs: null, expectedMs: null, stages: [] },
     ...change,
   });
 }
@@ -43,7 +43,7 @@ Deno.test("Membership: finds those that are there, and waits for those to come",
 Deno.test("Membership: a wait ends with the reason, refused versions named, or with its signal", async () => {
   const bus = new InProcessBus();
   const membership = new Membership(bus, "local");
-  bus.publish(subject, hello("old", { versions: { abi: 9, wire: 1 } }));
+  bus.publish(subject, hello("old", { versions: { abi: 9, wire: 1, lutra: "9.0.0" } }));
   bus.publish(subject, Uint8Array.of(1));
   await assert.rejects(membership.waitFor(1, { timeoutMs: 5 }), {
     name: "ClusterError",
@@ -169,12 +169,16 @@ Deno.test("Membership: a worker of another wire version is refused by name, what
   const bus = new InProcessBus();
   const refused: string[] = [];
   const membership = new Membership(bus, "local", { onRefuse: (id, reason) => refused.push(`${id} | ${reason}`) });
+  const malformed = { type: "hello", id: "other", versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION } };
+  bus.publish(subject, new TextEncoder().encode(JSON.stringify(malformed)));
+  await bus.flush();
+  assert.match(refused.pop()!, /^other \| other announces itself in a form that is not known here/);
   const foreign = { type: "hello", id: "new", versions: { abi: 9, wire: 7 }, news: [1] };
   for (let i = 0; i < 2; i++) bus.publish(subject, new TextEncoder().encode(JSON.stringify(foreign)));
   await bus.flush();
   assert.equal(refused.length, 1);
   assert.match(refused[0]!, /^new \| new has wire version 7 and ABI version 9, not \d+ and \d+$/);
-  assert.deepEqual([...membership.refused.keys()], ["new"]);
+  assert.deepEqual([...membership.refused.keys()], ["other", "new"]);
   membership.close();
   await bus.close();
 });

@@ -92,6 +92,9 @@ export class Pipeline implements StepRunner {
   #completed = 0;
   #lastProgress = performance.now();
   #slowestMs = 0;
+  /** Milliseconds with micro-batches on their way, until the last time that none was. */
+  #activeMs = 0;
+  #activeSince = 0;
 
   private constructor(options: PipelineOptions) {
     this.#options = options;
@@ -155,6 +158,11 @@ export class Pipeline implements StepRunner {
     return this.#slowestMs;
   }
 
+  /** Milliseconds so far in which micro-batches were on their way. */
+  get activeMs(): number {
+    return this.#activeMs + (this.#pending.size === 0 ? 0 : performance.now() - this.#activeSince);
+  }
+
   /** Micro-batches on their way. */
   get inFlight(): number {
     return this.#pending.size;
@@ -170,6 +178,7 @@ export class Pipeline implements StepRunner {
       stepTimeoutMs,
     );
     this.#lastProgress = performance.now();
+    if (this.#pending.size === 0) this.#activeSince = this.#lastProgress;
     this.#pending.set(step, { resolve, reject, timer, sent: this.#lastProgress });
     try {
       const first = this.#subjects.stage(this.placement[0]!.worker, 0);
@@ -305,6 +314,7 @@ export class Pipeline implements StepRunner {
     if (pending === undefined) return undefined;
     clearTimeout(pending.timer);
     this.#pending.delete(step);
+    if (this.#pending.size === 0) this.#activeMs += performance.now() - this.#activeSince;
     return pending;
   }
 }

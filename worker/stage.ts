@@ -1,5 +1,5 @@
 import { encodeBatch, entryTable, filterBatch, HEADER_BYTES, maxResultBytes, writeHeader } from "../bus/mod.ts";
-import type { DecodedBatch, Stage as StageSpec, StageStatus, Subscription } from "../bus/mod.ts";
+import type { DecodedBatch, Hello, Stage as StageSpec, StageStatus, Subscription } from "../bus/mod.ts";
 import { KernelError, KernelErrorCode, WorkerError } from "./errors.ts";
 import type { ShardHandle } from "./kernels.ts";
 import { RecentSet, SeenSteps } from "./seen_steps.ts";
@@ -13,6 +13,8 @@ export interface QueuedStep {
 }
 
 const EMPTY = encodeBatch([]);
+/** Micro-batches whose mean time is told. */
+const RECENT_STEPS = 32;
 
 /**
  * A stage of the pipeline within one epoch: an open shard and what is known of its sequences and steps. {@linkcode Worker}
@@ -40,6 +42,8 @@ export class Stage {
   /** Tokens of the micro-batch in the kernel library, and milliseconds for one, by the last ones. */
   #runningTokens = 0;
   #msPerToken: number | undefined;
+  /** Milliseconds of the last micro-batches. */
+  readonly #recentMs: number[] = [];
   readonly #stop = new Int32Array(new ArrayBuffer(4));
   #message = new Uint8Array(new ArrayBuffer(1 << 12));
 
@@ -55,6 +59,16 @@ export class Stage {
     return {
       runningMs: performance.now() - this.#begin,
       expectedMs: this.#msPerToken === undefined ? null : this.#msPerToken * this.#runningTokens,
+    };
+  }
+
+  /** What heartbeats tell of it. */
+  get work(): Hello["work"]["stages"][number] {
+    const recent = this.#recentMs;
+    return {
+      stage: this.spec.stage,
+      stepMs: recent.length === 0 ? null : recent.reduce((sum, ms) => sum + ms, 0) / recent.length,
+      busyMs: this.busyMs + (this.#running === undefined ? 0 : performance.now() - this.#begin),
     };
   }
 
@@ -121,6 +135,8 @@ export class Stage {
         this.#running = undefined;
         const ms = performance.now() - this.#begin;
         this.busyMs += ms;
+        this.#recentMs.push(ms);
+        if (this.#recentMs.length > RECENT_STEPS) this.#recentMs.shift();
         this.#msPerToken = 0.8 * (this.#msPerToken ?? ms / batch.tokens.length) + 0.2 * ms / batch.tokens.length;
         this.#free(this.#doomed.splice(0));
       }

@@ -8,7 +8,10 @@ import {
   encodeFailure,
   encodeJson,
   encodeMessage,
+  encodeProbeReply,
   entryTable,
+  LUTRA_VERSION,
+  PROBE_HEADER_BYTES,
   WIRE_VERSION,
   WireError,
 } from "../bus/mod.ts";
@@ -116,6 +119,7 @@ export class Worker {
     this.#subscriptions.push(
       this.#bus.subscribe(this.#subjects.discover, () => this.#announce()),
       this.#bus.subscribe(control, (message) => this.#onControl(message)),
+      this.#bus.subscribe(this.#subjects.probe(this.id), (message) => this.#onProbe(message)),
       this.#bus.watch((state) => {
         if (state === "disconnected") return;
         this.#reconnections++;
@@ -183,12 +187,13 @@ export class Worker {
       session: `${this.#start}-${this.#reconnections}`,
       epoch: this.#epoch,
       ...(this.#loading === undefined ? {} : { loading: this.#loading }),
-      versions: { abi: this.#kernels.abiVersion, wire: WIRE_VERSION },
+      versions: { abi: this.#kernels.abiVersion, wire: WIRE_VERSION, lutra: LUTRA_VERSION },
       capabilities: this.#capabilities,
       work: {
         queued: this.#queue.length,
         runningMs: running?.runningMs ?? null,
         expectedMs: running?.expectedMs ?? null,
+        stages: this.#stages.map((stage) => stage.work),
       },
     };
     try {
@@ -222,6 +227,13 @@ export class Worker {
       : () => Promise.resolve();
     this.#change(act).then(() => this.#status()).catch(refusal).then((reply) => message.respond(encodeJson(reply)))
       .catch((error) => this.#log(`worker ${this.id} could not answer: ${error}`));
+  }
+
+  /** Answers whether or not a micro-batch runs: how long that takes is the way alone. */
+  #onProbe(message: BusMessage): void {
+    const size = PROBE_HEADER_BYTES + message.data.byteLength;
+    if (size > this.#bus.maxPayload) return this.#drop("malformed", `a probe of ${message.data.byteLength} bytes`);
+    message.respond(encodeProbeReply(Date.now(), message.data));
   }
 
   #onRefused(reason: string): void {

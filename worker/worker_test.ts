@@ -5,6 +5,7 @@ import {
   decodeFailure,
   decodeJson,
   decodeMessage,
+  decodeProbeReply,
   decodeResults,
   encodeBatch,
   encodeJson,
@@ -134,6 +135,40 @@ Deno.test("Worker: tells how far loading is, and what its cache lacks", async ()
   await t.load();
   assert.deepEqual(t.hellos.map((hello) => hello.loading), [undefined, 0, 0.5, 1]);
   assert.deepEqual(t.log, ["worker a: the disk is full"]);
+  await t.end();
+});
+
+Deno.test("Worker: heartbeats tell how long its stages take; a probe is answered while one computes", async () => {
+  const wait = gate();
+  let waits = false;
+  const t = await start({ beforeLayer: () => waits ? wait.pass() : undefined });
+  const stages = async () => {
+    const before = t.hellos.length;
+    t.bus.publish(t.subjects.discover, NONE);
+    while (t.hellos.length === before) await t.bus.flush();
+    return t.hellos.at(-1)!.work.stages;
+  };
+  assert.deepEqual(await stages(), []);
+  await t.load();
+  assert.deepEqual(await stages(), [{ stage: 0, stepMs: null, busyMs: 0 }]);
+  t.send(0, [{ seq: 1, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
+  await t.arrived(1);
+  const [one] = await stages();
+  assert.equal(one!.stepMs, one!.busyMs, "one micro-batch is its own mean");
+  assert(one!.busyMs > 0);
+  waits = true;
+  t.send(1, [{ seq: 2, pos: 0, tokens: [5, 6, 7], sample: greedy }]);
+  await wait.entered;
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  const [running] = await stages();
+  assert(running!.busyMs >= one!.busyMs + 19, "the running micro-batch counts");
+  assert.equal(running!.stepMs, one!.stepMs, "but in no mean");
+  const answer = await t.bus.request(t.subjects.probe("a"), Uint8Array.of(1, 2, 3));
+  assert(Math.abs(decodeProbeReply(answer.data, 3) - Date.now()) < 1000);
+  assert.deepEqual([...answer.data.subarray(8)], [1, 2, 3]);
+  await assert.rejects(t.bus.request(t.subjects.probe("a"), new Uint8Array(t.bus.maxPayload), { timeoutMs: 20 }));
+  wait.open();
+  await t.arrived(2);
   await t.end();
 });
 

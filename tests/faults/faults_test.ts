@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { clusterStatusSchema, decodeJson } from "../../bus/mod.ts";
 import { loadKernels } from "../../worker/mod.ts";
 import { repoPath } from "../data.ts";
 import { nats } from "../nats.ts";
@@ -56,6 +57,30 @@ function lutra(permissions: string, ...args: string[]) {
   };
 }
 
+/** The live table, on a terminal that `script` makes: it is drawn again and again, and ends with Ctrl-C's signal. */
+async function table(url: string): Promise<void> {
+  const command = `"${Deno.execPath()}" run -q -P=worker "${repoPath("mod.ts")}" status --nats ${url} --every 0.2`;
+  const child = new Deno.Command("script", {
+    ...{ args: ["-qfec", command, "/dev/null"], cwd: repoPath(), stdin: "piped", stdout: "piped", stderr: "null" },
+  }).spawn();
+  const writer = child.stdin.getWriter();
+  const row = /board +ready +0–5 +[\d.]+ +[\d.]+ ms +0 /;
+  const patience = setTimeout(() => child.kill("SIGKILL"), 20_000);
+  let text = "";
+  let stopped = false;
+  for await (const part of child.stdout.pipeThrough(new TextDecoderStream())) {
+    text += part;
+    if (stopped || text.split("\x1b[H").length < 4 || !row.test(text)) continue;
+    stopped = true;
+    await writer.write(Uint8Array.of(3)); // Ctrl-C
+  }
+  clearTimeout(patience);
+  await writer.close().catch(() => {});
+  assert.equal((await child.status).code, 0, text);
+  assert.match(text, /device +state +layers +ms\/step +hop RTT +queue +bubbles/);
+  assert(stopped, text);
+}
+
 Deno.test({
   name: "serve and worker: they find each other in any order, outlive each other's ends, and say what is missing",
   ignore: nats.absent,
@@ -96,10 +121,11 @@ Deno.test({
       await health(url, 200);
       const first = await ask(url);
       assert.equal(first.status, 200, JSON.stringify(first.body));
+      await table(server.url);
       const status = await lutra("worker", "status", "--json", ...flags).until(/\{.*\}\n/);
-      assert.deepEqual(JSON.parse(status[0]).workers.map((w: { id: string; layers: unknown }) => [w.id, w.layers]), [
-        ["board", [[0, 6]]],
-      ]);
+      const [board, ...others] = decodeJson(clusterStatusSchema, new TextEncoder().encode(status[0])).workers;
+      assert.deepEqual([board!.id, board!.layers, others.length], ["board", [[0, 6]], 0]);
+      assert(board!.stepMs[0]! > 0 && board!.rttMs! > 0, JSON.stringify(board));
 
       // Killed without a word, it comes back and finds the worker.
       await orchestrator.end("SIGKILL");
@@ -120,7 +146,8 @@ Deno.test({
       assert.equal(late.status, 503);
       assert.match(late.body.error.message, /there are no workers/);
 
-      const back = start(lutra("worker", "worker", ...flags, "--id", "board", "--bandwidth", "10", "--no-cache"));
+      const own = ["--id", "board", "--bandwidth", "10", "--no-cache", "--drain", "1"];
+      const back = start(lutra("worker", "worker", ...flags, ...own));
       await health(url, 200);
       assert.equal((await ask(url)).body.choices[0].text, first.body.choices[0].text);
       assert.equal((await orchestrator.end("SIGTERM")).code, 0);
