@@ -9,6 +9,7 @@
  * | `lutra.C.hello` | from a worker | {@linkcode Hello} |
  * | `lutra.C.worker.W.ctl` | to a worker | {@linkcode ControlRequest}, answered by {@linkcode ControlReply} |
  * | `lutra.C.worker.W.probe` | to a worker | anything; answered at once by its clock (f64, milliseconds since 1970) and the same bytes |
+ * | `lutra.C.worker.W.diagnose` | to a worker | {@linkcode DiagnosisRequest}, answered by {@linkcode Diagnosis} |
  * | `lutra.C.worker.W.stage.S` | to stage `S`, which that worker holds | WORK |
  * | `lutra.C.orchestrator` | to the orchestrator that serves | empty; answered by {@linkcode ClusterStatus} |
  * | `lutra.C.orchestrator.O.results` | to orchestrator `O` | RESULT |
@@ -33,6 +34,7 @@ export function clusterSubjects(cluster: string): {
   hello: string;
   control(worker: string): string;
   probe(worker: string): string;
+  diagnose(worker: string): string;
   stage(worker: string, stage: number): string;
   orchestrator: string;
   results(orchestrator: string): string;
@@ -43,6 +45,7 @@ export function clusterSubjects(cluster: string): {
     hello: `${root}.hello`,
     control: (worker) => `${root}.worker.${checkName(worker)}.ctl`,
     probe: (worker) => `${root}.worker.${checkName(worker)}.probe`,
+    diagnose: (worker) => `${root}.worker.${checkName(worker)}.diagnose`,
     stage: (worker, stage) => `${root}.worker.${checkName(worker)}.stage.${stage}`,
     orchestrator: `${root}.orchestrator`,
     results: (orchestrator) => `${root}.orchestrator.${checkName(orchestrator)}.results`,
@@ -226,8 +229,34 @@ export const clusterStatusSchema = z.strictObject({
 /** What the orchestrator tells of the cluster. */
 export type ClusterStatus = z.infer<typeof clusterStatusSchema>;
 
+/** What is looked at on a device. */
+export const diagnosisRequestSchema = z.strictObject({
+  /** A model's file that should be there, as the orchestrator names it. */
+  model: z.string().min(1).max(4096).nullable(),
+});
+/** What is looked at on a device. */
+export type DiagnosisRequest = z.infer<typeof diagnosisRequestSchema>;
+
+/** What was found, and what to do about it. */
+export const findingSchema = z.strictObject({
+  check: z.string().max(64),
+  /** `warning`: it works, but slower or with less than it could. */
+  state: z.enum(["ok", "warning", "failed"]),
+  detail: z.string().max(4096),
+  fix: z.string().max(4096).optional(),
+});
+/** What was found, and what to do about it. */
+export type Finding = z.infer<typeof findingSchema>;
+
+/** What was found on a device. */
+export const diagnosisSchema = z.strictObject({ findings: z.array(findingSchema).max(64) });
+/** What was found on a device. */
+export type Diagnosis = z.infer<typeof diagnosisSchema>;
+
+type Json = Hello | ControlRequest | ControlReply | ClusterStatus | DiagnosisRequest | Diagnosis;
+
 /** JSON as bytes. */
-export function encodeJson(value: Hello | ControlRequest | ControlReply | ClusterStatus): Uint8Array<ArrayBuffer> {
+export function encodeJson(value: Json): Uint8Array<ArrayBuffer> {
   return new TextEncoder().encode(JSON.stringify(value));
 }
 

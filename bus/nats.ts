@@ -117,6 +117,11 @@ export class NatsBus implements Bus {
     return this.#nc.info?.version ?? "unknown";
   }
 
+  /** Whether the server says that JetStream is on. */
+  get serverHasJetStream(): boolean {
+    return this.#nc.info?.jetstream === true;
+  }
+
   publish(subject: string, data: Uint8Array, options: PublishOptions = {}): void {
     this.#send(subject, data, options.reply);
   }

@@ -12,6 +12,7 @@ import { GgufError, ModelError } from "../model/mod.ts";
 import { OrchestratorError } from "../orchestrator/mod.ts";
 import { WorkerError } from "../worker/mod.ts";
 import { addBench } from "./bench.ts";
+import { addDoctor } from "./doctor.ts";
 import { HubError } from "./hub/errors.ts";
 import { addInspect } from "./inspect.ts";
 import { addPlan } from "./plan.ts";
@@ -34,6 +35,7 @@ export function createProgram(): Command {
   addServe(program);
   addWorker(program);
   addStatus(program);
+  addDoctor(program);
   addPlan(program);
   addPull(program);
   addInspect(program);

@@ -4,7 +4,8 @@ import { InvalidArgumentError } from "commander";
 import type { Command } from "commander";
 import { NatsBus } from "../bus/mod.ts";
 import type { Bus } from "../bus/mod.ts";
-import { loadKernels, Worker } from "../worker/mod.ts";
+import { deviceHealth, loadKernels, Worker } from "../worker/mod.ts";
+import { cacheFolder } from "./hub/reference.ts";
 import { deviceId, HEARTBEAT_MS, natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
 import { cacheChoice, integer, number } from "./options.ts";
@@ -69,9 +70,10 @@ export async function startWorker(
 ): Promise<Worker> {
   const { models, memory } = flags;
   const free = Deno.systemMemoryInfo().available;
+  const kernels = loadKernels();
   return await Worker.start({
     bus,
-    kernels: loadKernels(),
+    kernels,
     id: flags.id ?? deviceId(),
     cluster: flags.cluster,
     ...(flags.threads === undefined ? {} : { threads: flags.threads }),
@@ -80,6 +82,12 @@ export async function startWorker(
     memoryBytes: Math.floor(memory === undefined ? free : Math.min(1e9 * memory, free)),
     bandwidthGBps: flags.bandwidth ?? "measure",
     heartbeatMs: HEARTBEAT_MS,
+    diagnose: (model) =>
+      deviceHealth({
+        cores: flags.threads ?? kernels.deviceInfo().cores,
+        ...(flags.cache === false ? {} : { cacheFolder: cacheFolder() }),
+        ...(model === undefined ? {} : { model }),
+      }),
     ...(models === undefined ? {} : {
       resolvePath: (path) => {
         const own = join(models, basename(path));

@@ -8,6 +8,7 @@
  * @module
  */
 export * from "./errors.ts";
+export * from "./health.ts";
 export * from "./kernel_library.ts";
 export * from "./kernels.ts";
 export * from "./worker.ts";

@@ -5,6 +5,7 @@ import {
   decodeBatch,
   decodeJson,
   decodeMessage,
+  diagnosisRequestSchema,
   encodeFailure,
   encodeJson,
   encodeMessage,
@@ -15,7 +16,7 @@ import {
   WIRE_VERSION,
   WireError,
 } from "../bus/mod.ts";
-import type { Bus, BusMessage, ControlReply, ControlRequest, Hello, Shard, Subscription } from "../bus/mod.ts";
+import type { Bus, BusMessage, ControlReply, ControlRequest, Finding, Hello, Shard, Subscription } from "../bus/mod.ts";
 import { KernelError, WorkerError } from "./errors.ts";
 import type { KernelLibrary, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
 import { Stage } from "./stage.ts";
@@ -50,6 +51,8 @@ export interface WorkerOptions {
   heartbeatMs?: number;
   /** Where this device has the file that the orchestrator names. Default: under the same path. */
   resolvePath?: (path: string) => string;
+  /** Looks at this device when it is asked how it is, and for a model's file there. Default: it does not answer. */
+  diagnose?: (model: string | undefined) => Promise<Finding[]>;
   /** Told when an orchestrator refuses this worker, and why. Default: it is logged. */
   onRefused?: (reason: string) => void;
   /** Told of dropped messages, of each kind the first, second, fourth, eighth…, and of a cache's troubles. Default: `console.warn`. */
@@ -120,6 +123,9 @@ export class Worker {
       this.#bus.subscribe(this.#subjects.discover, () => this.#announce()),
       this.#bus.subscribe(control, (message) => this.#onControl(message)),
       this.#bus.subscribe(this.#subjects.probe(this.id), (message) => this.#onProbe(message)),
+      ...(options.diagnose === undefined
+        ? []
+        : [this.#bus.subscribe(this.#subjects.diagnose(this.id), (message) => this.#onDiagnose(message))]),
       this.#bus.watch((state) => {
         if (state === "disconnected") return;
         this.#reconnections++;
@@ -234,6 +240,20 @@ export class Worker {
     const size = PROBE_HEADER_BYTES + message.data.byteLength;
     if (size > this.#bus.maxPayload) return this.#drop("malformed", `a probe of ${message.data.byteLength} bytes`);
     message.respond(encodeProbeReply(Date.now(), message.data));
+  }
+
+  async #onDiagnose(message: BusMessage): Promise<void> {
+    let findings: Finding[];
+    try {
+      const { model } = decodeJson(diagnosisRequestSchema, message.data);
+      const path = model === null ? undefined : this.#options.resolvePath?.(model) ?? model;
+      findings = await this.#options.diagnose!(path);
+    } catch (error) {
+      if (error instanceof WireError) return this.#drop("malformed", error.message);
+      const detail = error instanceof Error ? error.message : String(error);
+      findings = [{ check: "device", state: "failed", detail, fix: "run it with -P=worker" }];
+    }
+    if (!this.#closed) message.respond(encodeJson({ findings }));
   }
 
   #onRefused(reason: string): void {
