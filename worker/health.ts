@@ -5,7 +5,7 @@
  * @module
  */
 import { accessSync, closeSync, constants, existsSync, openSync, readSync, statfsSync, statSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { dirname } from "node:path";
 import type { Finding } from "../bus/mod.ts";
 
 /** Options of {@linkcode deviceHealth}. */
