@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { Command, CommanderError } from "commander";
+import { Command, CommanderError, InvalidArgumentError } from "commander";
 import { existsSync, readdirSync } from "node:fs";
 import { basename, dirname } from "node:path";
 import { BusError, LUTRA_VERSION } from "../bus/mod.ts";
@@ -56,6 +56,10 @@ export async function main(args: readonly string[]): Promise<number> {
     await program.parseAsync([...args], { from: "user" });
     return 0;
   } catch (error) {
+    if (error instanceof InvalidArgumentError) {
+      console.error(`error: ${error.message}`); // of a command that has begun; commander tells those before
+      return 2;
+    }
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2; // commander has said why
     console.error(`error: ${explain(error, program.commands.flatMap((command) => command.processedArgs)[0])}`);
     if (program.opts()["debug"] === true) console.error(error);

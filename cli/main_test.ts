@@ -77,20 +77,6 @@ Deno.test("tune: shows what was measured and chosen", async () => {
   assert.match(stdout, /^not kept$/m);
 });
 
-Deno.test("plan: splits by bandwidth within memory, and refuses what does not fit with the shortfall", async () => {
-  const devices = ["--device", "1GB:20GBps", "--device", "1GB:10GBps"];
-  const { code, stdout, stderr } = await lutra(["plan", model, "--json", ...devices]);
-  assert.equal(code, 0, stderr);
-  const plan = JSON.parse(stdout);
-  const layers = plan.stages.map((stage: { first: number; end: number }) => stage.end - stage.first);
-  assert.equal(layers.reduce((a: number, b: number) => a + b, 0), 5);
-  assert.ok(plan.manyStreamsTokS > plan.oneStreamTokS);
-  const small = await lutra(["plan", model, "--device", "0.0001GB:20GBps"]);
-  assert.equal(small.code, 1);
-  assert.match(small.stderr, /device-1 offers 100 kB, room for 0 of 5 layers.*missing/);
-  assert.equal((await lutra(["plan", model, "--device", "8:12"])).code, 2);
-});
-
 Deno.test("bench --json: reports rates and their share of the bandwidth", async () => {
   const flags = ["--prompt-tokens", "8", "--gen-tokens", "4", "--repetitions", "1", "--bandwidth-mib", "16"];
   const { code, stdout, stderr } = await lutra(["bench", model, "--json", ...flags]);
@@ -161,6 +147,7 @@ for (
     ],
     ["a file that is no GGUF", ["run", fixture("goldens.json"), "x"], 1, /is no GGUF file/],
     ["an option out of range", ["run", model, "x", "--top-p", "7"], 2, /number from 0 to 1/],
+    ["a cluster's command without a server", ["status"], 2, /--nats says where the cluster's NATS server is/],
     ["an unknown command", ["walk"], 2, /unknown command 'walk'/],
     ["a prompt that is too long", ["run", model, "otter ".repeat(400), "--raw"], 1, /context/],
     ["more shards than layers", ["run", model, "x", "--shards", "9"], 1, /layer/],

@@ -1,69 +1,164 @@
+import { existsSync } from "node:fs";
+import { basename, join, resolve } from "node:path";
 import { InvalidArgumentError } from "commander";
 import type { Command } from "commander";
-import { loadModel } from "../model/mod.ts";
-import { modelCost, place, stageCosts } from "../orchestrator/mod.ts";
-import type { Device } from "../orchestrator/mod.ts";
-import { modelPath } from "./hub/reference.ts";
+import { NatsBus } from "../bus/mod.ts";
+import { isModelFolder, loadModel, MODEL_SHAPES, ModelError, shapeOfConfig, sketchModel } from "../model/mod.ts";
+import type { ModelDescription } from "../model/mod.ts";
+import { Membership, modelCost, placeReplicas, predict, stageCosts } from "../orchestrator/mod.ts";
+import type { Device, ModelCost, PlacedStage } from "../orchestrator/mod.ts";
+import { isHubReference, modelPath } from "./hub/reference.ts";
 import { bytes, table } from "./inspect.ts";
-import { integer, withClusterOptions } from "./options.ts";
-import type { ClusterFlags } from "./options.ts";
+import { natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
+import type { NatsFlags } from "./nats_options.ts";
+import { integer, number } from "./options.ts";
 
-interface PlanFlags extends ClusterFlags {
-  device: Device[];
+interface PlanFlags extends NatsFlags {
+  device?: Device[];
+  type: string;
+  shards?: number;
+  context?: number;
+  kvType: "f16" | "f32" | "q8";
   kvTokens?: number;
+  hop: number;
+  wait: number;
   json?: boolean;
 }
+
+const DEFAULT_CONTEXT = 8192;
 
 /** Adds the command `plan`. */
 export function addPlan(program: Command): void {
   const command = program.command("plan")
-    .description("show how a model would be split over devices, and how fast memory would let it be")
-    .argument("<model>", "a GGUF file, or hf:org/repo[:file] that was pulled")
-    .requiredOption(
-      "--device <memory:bandwidth>",
-      "a device, as 8GB:12GBps; once for each",
-      (text: string, before: Device[] = []) => [...before, parseDevice(text, before.length)],
+    .description(
+      "show how a model would lie on devices, described ones or those of a cluster, and how fast that would be",
     )
+    .argument(
+      "<model>",
+      `a GGUF file, hf:org/repo[:file] that was pulled, or without weights: a config.json, or one of ${
+        [...MODEL_SHAPES.keys()].join(", ")
+      }`,
+    )
+    .option(
+      "--device <memory:bandwidth>",
+      "a device, as 8GB:12GBps, or 4x8GB:12GBps for four; once for each",
+      (text: string, before: Device[] = []) => [...before, ...parseDevices(text, before.length)],
+    )
+    .option("--type <name>", "type of the weights, as GGML names it, where there is no file", "Q4_0")
+    .option("--shards <n>", "split the layers into n stages", integer(1))
+    .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
+    .option("--kv-type <type>", "element type of the KV cache: f16, f32 or q8", parseKvType, "f16")
     .option("--kv-tokens <n>", "tokens that the KV cache holds over all requests", integer(2))
+    .option("--hop <ms>", "milliseconds from one device to the next", number(0, 1e4), 0.4)
+    .option("--wait <seconds>", "how long to wait for a cluster's devices to answer", number(0.1, 60), 1)
     .option("--json", "print JSON");
-  withClusterOptions(command).action(async (path: string, flags: PlanFlags) => {
-    const { description } = await loadModel(modelPath(path));
-    const context = flags.context ?? Math.min(description.hyper.context, 8192);
-    const cost = modelCost(description, {
-      type: flags.kvType ?? "f16",
-      tokens: flags.kvTokens ?? Math.max(context, 8192),
-    });
-    const stages = place(cost, flags.device, flags.shards === undefined ? {} : { shards: flags.shards });
-    const costs = stageCosts(cost, flags.device, stages);
-    const seconds = costs.map((stage) => stage.seconds);
-    const plan = {
-      stages: stages.map((stage, i) => ({ ...stage, ...costs[i]! })),
-      /** By reading weights alone, without hops: one stream passes all stages, many keep the slowest busy. */
-      oneStreamTokS: 1 / seconds.reduce((sum, value) => sum + value, 0),
-      manyStreamsTokS: 1 / Math.max(...seconds),
-    };
-    if (flags.json === true) return console.log(JSON.stringify(plan));
-    console.log([
-      ...table(
-        ["device", "layers", "memory", "ms a token"],
-        plan.stages.map(({ worker, first, end, memoryBytes, seconds }) => [
-          worker,
-          `${first}–${end - 1}`,
-          bytes(memoryBytes),
-          (1000 * seconds).toFixed(2),
-        ]),
-      ),
-      "",
-      `one stream at most ${plan.oneStreamTokS.toFixed(1)} tok/s, many together (unbatched) ${
-        plan.manyStreamsTokS.toFixed(1)
-      } tok/s, as far as memory goes`,
-    ].join("\n"));
-  });
+  withNatsOptions(command, "plan for the devices that answer on this NATS server").action(
+    async (model: string, flags: PlanFlags) => {
+      const description = await describe(model, flags.type);
+      const context = flags.context ?? Math.min(description.hyper.context, DEFAULT_CONTEXT);
+      const cost = modelCost(description, {
+        type: flags.kvType,
+        tokens: flags.kvTokens ?? Math.max(context, DEFAULT_CONTEXT),
+      });
+      const devices = flags.device ?? await clusterDevices(flags);
+      const hopSeconds = flags.hop / 1000;
+      const replicas = placeReplicas(cost, devices, {
+        hopSeconds,
+        ...(flags.shards === undefined ? {} : { shards: flags.shards }),
+      });
+      show(cost, devices, replicas, hopSeconds, flags.json === true);
+    },
+  );
 }
 
-function parseDevice(text: string, index: number): Device {
-  const found = /^(\d+(?:\.\d+)?)GB:(\d+(?:\.\d+)?)GBps$/i.exec(text);
-  const [memory, bandwidth] = [Number(found?.[1]), Number(found?.[2])];
-  if (!(memory > 0 && bandwidth > 0)) throw new InvalidArgumentError("It must be like 8GB:12GBps.");
-  return { id: `device-${index + 1}`, memoryBytes: memory * 1e9, bandwidthGBps: bandwidth };
+/** What is known of a model, with or without its weights. */
+async function describe(model: string, type: string): Promise<ModelDescription> {
+  if (isHubReference(model)) return (await loadModel(modelPath(model))).description;
+  const config = basename(model) === "config.json" ? model : join(model, "config.json");
+  const weights = join(model, "model.safetensors");
+  if (existsSync(config) && !(isModelFolder(model) && (existsSync(weights) || existsSync(`${weights}.index.json`)))) {
+    return sketchModel(basename(resolve(config, "..")), shapeOfConfig(config), type);
+  }
+  if (existsSync(model)) return (await loadModel(model)).description;
+  const shape = MODEL_SHAPES.get(model.toLowerCase());
+  if (shape !== undefined) return sketchModel(model, shape, type);
+  throw new ModelError(
+    `there is neither a file ${model} nor a known model of that name; known are ${[...MODEL_SHAPES.keys()].join(", ")}`,
+  );
+}
+
+/** The devices that lend themselves to a cluster. */
+async function clusterDevices(flags: PlanFlags): Promise<Device[]> {
+  const address = natsAddress(flags);
+  if (address === undefined) throw new InvalidArgumentError("give --device, or --nats for those of a cluster.");
+  const bus = await NatsBus.connect({ ...natsOptions(flags, address), name: "lutra-plan" });
+  const membership = new Membership(bus, flags.cluster);
+  try {
+    membership.discover();
+    await new Promise((done) => setTimeout(done, 1000 * flags.wait));
+    return membership.workers.map(({ id, capabilities: { memoryBytes, bandwidthGBps } }) => ({
+      ...{ id, memoryBytes, bandwidthGBps },
+    })).sort((a, b) => a.id < b.id ? -1 : 1);
+  } finally {
+    membership.close();
+    await bus.close();
+  }
+}
+
+function show(
+  cost: ModelCost,
+  devices: readonly Device[],
+  replicas: readonly (readonly PlacedStage[])[],
+  hopSeconds: number,
+  json: boolean,
+): void {
+  const rows = replicas.flatMap((stages, replica) => {
+    const costs = stageCosts(cost, devices, stages);
+    return stages.map((stage, i) => ({ replica, ...stage, ...costs[i]! }));
+  });
+  const { oneStream, manyStreams } = predict(cost, devices, replicas, hopSeconds);
+  const idle = devices.filter(({ id }) => rows.every(({ worker }) => worker !== id)).map(({ id }) => id);
+  if (json) {
+    return console.log(JSON.stringify({ stages: rows, idle, oneStreamTokS: oneStream, manyStreamsTokS: manyStreams }));
+  }
+  const offers = new Map(devices.map(({ id, memoryBytes }) => [id, memoryBytes]));
+  const several = replicas.length > 1;
+  console.log([
+    ...table(
+      [...(several ? ["replica"] : []), "device", "layers", "memory", "of", "ms a token"],
+      rows.map(({ replica, worker, first, end, memoryBytes, seconds }) => [
+        ...(several ? [`${replica + 1}`] : []),
+        worker,
+        `${first}–${end - 1}`,
+        bytes(Math.round(memoryBytes)),
+        bytes(offers.get(worker)!),
+        (1000 * seconds).toFixed(2),
+      ]),
+    ),
+    ...(idle.length === 0 ? [] : [`without layers: ${idle.join(", ")}`]),
+    "",
+    `one stream ${rate(oneStream)} tok/s, many together ${
+      rate(manyStreams)
+    } tok/s (unbatched), as far as memory and hops go`,
+  ].join("\n"));
+}
+
+function rate(value: number): string {
+  return value >= 100 ? value.toFixed(0) : value.toPrecision(3);
+}
+
+function parseKvType(text: string): PlanFlags["kvType"] {
+  if (text !== "f16" && text !== "f32" && text !== "q8") throw new InvalidArgumentError("It must be f16, f32 or q8.");
+  return text;
+}
+
+function parseDevices(text: string, index: number): Device[] {
+  const found = /^(?:(\d+)x)?(\d+(?:\.\d+)?)GB:(\d+(?:\.\d+)?)GBps$/i.exec(text);
+  const [count, memory, bandwidth] = [Number(found?.[1] ?? 1), Number(found?.[2]), Number(found?.[3])];
+  if (!(memory > 0 && bandwidth > 0 && count >= 1 && count <= 1000)) {
+    throw new InvalidArgumentError("It must be like 8GB:12GBps, or 4x8GB:12GBps.");
+  }
+  return Array.from({ length: count }, (_, i) => ({
+    ...{ id: `device-${index + i + 1}`, memoryBytes: memory * 1e9, bandwidthGBps: bandwidth },
+  }));
 }

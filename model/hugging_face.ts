@@ -5,8 +5,9 @@
  * @module
  */
 import { readFileSync, statSync } from "node:fs";
-import { join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { z } from "zod";
+import type { ModelShape } from "./catalogue.ts";
 import { TokenizerError, UnsupportedModelError } from "./errors.ts";
 import type { GgufFile, GgufValue, TensorInfo } from "./gguf.ts";
 import { tokenizerOfJson } from "./hugging_face_tokenizer.ts";
@@ -29,6 +30,7 @@ const configSchema = z.looseObject({
   num_key_value_heads: count.nullish(),
   head_dim: count.nullish(),
   intermediate_size: count,
+  vocab_size: count.nullish(),
   max_position_embeddings: count,
   rms_norm_eps: z.number(),
   hidden_act: z.string().nullish(),
@@ -230,4 +232,33 @@ function required(folder: string, name: string): unknown {
   if (value !== undefined) return value;
   const message = `${folder} has no ${name}`;
   throw name === "tokenizer.json" ? new TokenizerError(message) : new UnsupportedModelError(message);
+}
+
+/**
+ * The shape that a `config.json` tells, for plans without weights.
+ *
+ * @throws {UnsupportedModelError} naming what is missing or not supported.
+ */
+export function shapeOfConfig(path: string): ModelShape {
+  const config = checkedConfig(required(dirname(path), basename(path)));
+  const { model_type: kind, head_dim: headDim } = config;
+  if (!Object.hasOwn(ARCHITECTURES, kind)) {
+    throw new UnsupportedModelError(
+      `model_type ${JSON.stringify(kind)} is not known; there are ${Object.keys(ARCHITECTURES).join(", ")}`,
+    );
+  }
+  const { vocab_size: vocab } = config;
+  if (vocab === null || vocab === undefined) throw new UnsupportedModelError(`${path} has no vocab_size`);
+  return {
+    architecture: ARCHITECTURES[kind]!,
+    layers: config.num_hidden_layers,
+    embedding: config.hidden_size,
+    heads: config.num_attention_heads,
+    kvHeads: config.num_key_value_heads ?? config.num_attention_heads,
+    ...(headDim === null || headDim === undefined ? {} : { headDim }),
+    feedForward: config.intermediate_size,
+    vocab,
+    context: config.max_position_embeddings,
+    ...(config.tie_word_embeddings === true ? { tied: true } : {}),
+  };
 }

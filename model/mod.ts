@@ -8,6 +8,7 @@
  */
 export * from "./architecture.ts";
 export { ARCHITECTURES } from "./architectures/mod.ts";
+export * from "./catalogue.ts";
 export * from "./chat_template.ts";
 export * from "./description.ts";
 export * from "./errors.ts";
@@ -17,6 +18,7 @@ export * from "./hugging_face.ts";
 export * from "./hugging_face_tokenizer.ts";
 export * from "./load.ts";
 export * from "./safetensors.ts";
+export * from "./sketch.ts";
 export * from "./stop_matcher.ts";
 export * from "./stream_decoder.ts";
 export * from "./tokenizer.ts";

@@ -5,11 +5,13 @@ import type { PublishOptions } from "../bus/mod.ts";
 import { continuation, fakeModel, read, settled } from "../tests/fakes/cluster.ts";
 import { FakeKernels } from "../tests/fakes/kernels.ts";
 import { Worker } from "../worker/worker.ts";
+import type { WorkerOptions } from "../worker/worker.ts";
 import { Engine } from "./engine.ts";
+import { modelCost } from "./served_model.ts";
 
 const request = { promptTokens: [5, 6, 7], maxTokens: 40, sampling: { temperature: 0 }, ignoreEos: true };
 
-const startWorker = (bus: InProcessBus, id: string) =>
+const startWorker = (bus: InProcessBus, id: string, options: Partial<WorkerOptions> = {}) =>
   Worker.start({
     bus,
     kernels: new FakeKernels(),
@@ -18,6 +20,7 @@ const startWorker = (bus: InProcessBus, id: string) =>
     bandwidthGBps: 10,
     heartbeatMs: 20,
     log: () => {},
+    ...options,
   });
 
 Deno.test("Deployment: a message that is lost is noticed by workers that do nothing, long before the step's limit", async () => {
@@ -48,12 +51,16 @@ Deno.test("Deployment: a message that is lost is noticed by workers that do noth
 
 Deno.test("Deployment: a worker that comes later gets its share when nothing runs", async () => {
   const bus = new InProcessBus();
-  const first = await startWorker(bus, "a");
+  // So slow that hops are nothing beside it, and the second cannot hold the model alone.
+  const bandwidthGBps = 1e-9;
+  const { layers } = modelCost(fakeModel().description, { type: "f16", tokens: 8192 });
+  const memoryBytes = Math.floor(4.5 * layers[0]!.memoryBytes);
+  const first = await startWorker(bus, "a", { bandwidthGBps });
   const engine = await Engine.start({ bus, model: fakeModel(), lostMs: 60_000 });
   assert.deepEqual(engine.stats().stages.map((stage) => stage.worker), ["a"]);
   const events = engine.generate({ ...request, maxTokens: 3000 });
   await events.next();
-  const late = await startWorker(bus, "b");
+  const late = await startWorker(bus, "b", { bandwidthGBps, memoryBytes });
   await read(events);
   assert.equal(engine.clusterStatus().recoveries, 0, "a running answer was disturbed");
   await settled(() => engine.stats().stages.length === 2 && engine.failure === undefined);

@@ -40,31 +40,99 @@ export interface PlaceOptions {
    * as make the slowest stage fastest.
    */
   shards?: number;
+  /** Seconds that a message takes from one stage to the next. @default {0.0004} */
+  hopSeconds?: number;
 }
 
-/** So many devices are tried in every order; of more, the fastest come first. */
-const MAX_PERMUTED = 8;
+/** Seconds of a hop through a NATS server in a wired network. */
+const HOP_SECONDS = 4e-4;
+/** What a split may cost one stream, against the best single device. */
+const ONE_STREAM = 0.95;
+/** Sets of devices that are looked at; beyond, the fastest device comes first in every split. */
+const MAX_SETS = 1024;
+/** Replicas are simpler than a split that is so little faster. */
+const WORTH = 0.9;
 
 /**
- * Splits the layers into contiguous ranges, one per device used, so that the slowest stage is as fast as can be and no
- * device holds more than it offers. A stage's time is the bytes it reads for a token over its device's bandwidth. Among
- * equally fast splits the one with fewest stages wins, then the one that uses and orders devices as they are given.
+ * Splits the layers into contiguous ranges, one per device used, so that the slowest stage is as fast as can be, no device
+ * holds more than it offers, and, where the whole model fits some device, one stream has at least {@linkcode ONE_STREAM} of the
+ * speed that the best such device alone would give it. A stage's time is the bytes it reads for a token over its device's
+ * bandwidth; one stream passes all stages and as many hops. Among equally fast splits the one wins that is best for one stream.
  *
  * @throws {PlacementError} with every device's share when the model does not fit.
  */
 export function place(cost: ModelCost, devices: readonly Device[], options: PlaceOptions = {}): PlacedStage[] {
-  const { shards } = options;
+  const { shards, hopSeconds = HOP_SECONDS } = options;
   const layers = cost.layers.length;
   if (devices.length === 0) throw new PlacementError("there are no workers");
   if (shards !== undefined && (!Number.isInteger(shards) || shards < 1 || shards > layers)) {
     throw new PlacementError(`${shards} shards are asked for; a model of ${layers} layers can have 1 to ${layers}`);
   }
-  const found = shards === undefined || shards <= devices.length
-    ? split(cost, devices, shards)
-    : split(cost, devices, Math.min(devices.length, layers)) ?? split(cost, devices, undefined);
+  const splitter = new Splitter(cost, devices, hopSeconds);
+  const found = shards === undefined
+    ? splitter.fastest(undefined, bestSingle(cost, devices, hopSeconds) / ONE_STREAM)
+    : shards <= devices.length
+    ? splitter.fastest(shards)
+    : splitter.fastest(Math.min(devices.length, layers)) ?? splitter.fastest(undefined);
   if (found === undefined) throw new PlacementError(shortfall(cost, devices, shards));
   while (shards !== undefined && found.length < shards) divideLargest(found);
   return found;
+}
+
+/**
+ * Splits the layers as {@linkcode place} does, or, where the whole model fits several devices and that serves more streams, puts
+ * it on each of them, and on the others together if they can hold it. The replica that is fastest for one stream comes first.
+ *
+ * @throws {PlacementError} with every device's share when the model does not fit.
+ */
+export function placeReplicas(
+  cost: ModelCost,
+  devices: readonly Device[],
+  options: PlaceOptions = {},
+): PlacedStage[][] {
+  const whole = place(cost, devices, options);
+  if (options.shards !== undefined) return [whole];
+  const end = cost.layers.length;
+  const fits = (device: Device) => rangeCosts(cost)(0, end).memoryBytes <= device.memoryBytes;
+  const replicas: PlacedStage[][] = devices.filter(fits).map(({ id }) => [{ worker: id, first: 0, end }]);
+  if (replicas.length === 0) return [whole];
+  const others = devices.filter((device) => !fits(device));
+  try {
+    if (others.length > 0) replicas.push(place(cost, others, options));
+  } catch (error) {
+    if (!(error instanceof PlacementError)) throw error; // they stay idle
+  }
+  const speed = (placement: readonly PlacedStage[][]) => predict(cost, devices, placement, options.hopSeconds);
+  const one = new Map(replicas.map((stages) => [stages, speed([stages]).oneStream]));
+  replicas.sort((a, b) => one.get(b)! - one.get(a)!);
+  return speed(replicas).manyStreams >= WORTH * speed([whole]).manyStreams ? replicas : [whole];
+}
+
+/**
+ * Tokens per second of a placement, as far as reading weights and hops go: of one stream, on the replica that comes first, and of
+ * so many that all stages are busy, without batching.
+ */
+export function predict(
+  cost: ModelCost,
+  devices: readonly Device[],
+  replicas: readonly (readonly PlacedStage[])[],
+  hopSeconds = HOP_SECONDS,
+): { oneStream: number; manyStreams: number } {
+  const [first = []] = replicas;
+  const once = stageCosts(cost, devices, first).reduce((sum, { seconds }) => sum + seconds + hopSeconds, 0);
+  const many = replicas.map((stages) => 1 / slowestStage(cost, devices, stages));
+  return { oneStream: 1 / once, manyStreams: many.reduce((sum, rate) => sum + rate, 0) };
+}
+
+/** Seconds for a token on the fastest device that holds the whole model; infinite when none does. */
+function bestSingle(cost: ModelCost, devices: readonly Device[], hopSeconds: number): number {
+  const { memoryBytes, readBytes } = rangeCosts(cost)(0, cost.layers.length);
+  const bandwidths = knownBandwidths(devices);
+  let best = Infinity;
+  devices.forEach((device, i) => {
+    if (memoryBytes <= device.memoryBytes) best = Math.min(best, readBytes / (bandwidths[i]! * 1e9) + hopSeconds);
+  });
+  return best;
 }
 
 /** What each stage of a split holds, in bytes, and the seconds that it takes for a token as far as reading weights goes. */
@@ -101,85 +169,179 @@ function divideLargest(stages: PlacedStage[]): void {
   stages.splice(at, 1, { worker, first, end: middle }, { worker, first: middle, end });
 }
 
-interface Best {
-  time: number;
-  device: number;
-  from: number;
+/** Devices that are alike. */
+interface Kind {
+  readonly ids: readonly string[];
+  readonly memoryBytes: number;
+  /** Bytes per second. */
+  readonly bandwidth: number;
 }
 
-/** The best split with `count` stages on different devices, or with any number of them. */
-function split(cost: ModelCost, devices: readonly Device[], count: number | undefined): PlacedStage[] | undefined {
-  const layers = cost.layers.length;
-  const range = rangeCosts(cost);
-  const bandwidths = knownBandwidths(devices);
-  const time = (device: number, from: number, to: number) => {
-    const { memoryBytes, readBytes } = range(from, to);
-    return memoryBytes > devices[device]!.memoryBytes ? Infinity : readBytes / bandwidths[device]!;
-  };
-  // A state is a set of devices in use (or a prefix of the ordered ones, with a count) and the layers they cover.
-  const chain: PlacedStage[] = [];
-  if (devices.length <= MAX_PERMUTED) {
-    const best: (Best | undefined)[][] = Array.from({ length: 1 << devices.length }, () => []);
-    best[0]![0] = { time: 0, device: -1, from: 0 };
-    let winner: { set: number; time: number; size: number } | undefined;
-    for (let set = 1; set < best.length; set++) {
-      const size = bits(set);
-      if (size > (count ?? layers)) continue;
-      for (let device = devices.length - 1; device >= 0; device--) {
-        if (!(set & (1 << device))) continue;
-        const before = best[set & ~(1 << device)]!;
-        for (let to = size; to <= layers; to++) {
-          for (let from = to - 1; from >= size - 1; from--) {
-            const prior = before[from];
-            if (prior === undefined) continue;
-            const own = time(device, from, to);
-            if (own === Infinity) break; // a longer range needs still more memory
-            const slowest = Math.max(prior.time, own);
-            if (slowest < (best[set]![to]?.time ?? Infinity)) best[set]![to] = { time: slowest, device, from };
+/** The last stage of the best split of some first layers over some devices. */
+interface Best {
+  /** Seconds of all stages with their hops. */
+  readonly sum: number;
+  readonly kind: number;
+  readonly from: number;
+  /** The set of devices without this one. */
+  readonly before: number;
+}
+
+/** Finds splits, by dynamic programming over sets of devices and the first layers that they hold. */
+class Splitter {
+  readonly #layers: number;
+  readonly #range: (from: number, to: number) => LayerCost;
+  readonly #kinds: readonly Kind[];
+  /** A set is the number of devices of each kind, of which one of kind `i` counts `#weights[i]`. */
+  readonly #weights: readonly number[];
+  readonly #sets: number;
+  /** Too many sets: kinds come in the order of their speed, each device once. */
+  readonly #ordered: boolean;
+  readonly #hop: number;
+
+  constructor(cost: ModelCost, devices: readonly Device[], hopSeconds: number) {
+    this.#layers = cost.layers.length;
+    this.#range = rangeCosts(cost);
+    this.#hop = hopSeconds;
+    const bandwidths = knownBandwidths(devices);
+    const kinds = new Map<string, { ids: string[]; memoryBytes: number; bandwidth: number }>();
+    devices.forEach(({ id, memoryBytes }, i) => {
+      const bandwidth = bandwidths[i]! * 1e9;
+      const key = `${memoryBytes} ${bandwidth}`;
+      const kind = kinds.get(key) ?? { ids: [], memoryBytes, bandwidth };
+      kind.ids.push(id);
+      kinds.set(key, kind);
+    });
+    let sets = 1;
+    for (const { ids } of kinds.values()) sets *= ids.length + 1;
+    this.#ordered = sets > MAX_SETS;
+    if (this.#ordered) {
+      this.#kinds = devices.map(({ id, memoryBytes }, i) => ({
+        ...{ ids: [id], memoryBytes, bandwidth: bandwidths[i]! * 1e9 },
+      })).sort((a, b) => b.bandwidth - a.bandwidth);
+      // A set is the last device of the order and, when their number matters, how many there are.
+      this.#sets = (devices.length + 1) * (devices.length + 1);
+      this.#weights = [];
+    } else {
+      this.#kinds = [...kinds.values()];
+      let weight = 1;
+      this.#weights = this.#kinds.map(({ ids }) => {
+        const own = weight;
+        weight *= ids.length + 1;
+        return own;
+      });
+      this.#sets = sets;
+    }
+  }
+
+  /**
+   * The split with the fastest slowest stage, of exactly `count` stages or any number, on which one stream takes at most
+   * `most` seconds; `undefined` when there is none.
+   */
+  fastest(count: number | undefined, most = Infinity): PlacedStage[] | undefined {
+    const times = new Set<number>();
+    for (const kind of this.#kinds) {
+      for (let from = 0; from < this.#layers; from++) {
+        for (let to = from + 1; to <= this.#layers; to++) {
+          const time = this.#time(kind, from, to);
+          if (time === Infinity) break;
+          times.add(time);
+        }
+      }
+    }
+    const limits = Float64Array.from(times).sort();
+    // Rounding must not forbid the single device that the limit comes from.
+    const within = most * (1 + 1e-9);
+    let found: PlacedStage[] | undefined;
+    let [low, high] = [0, limits.length - 1];
+    while (low <= high) {
+      const middle = found === undefined && high === limits.length - 1 ? high : (low + high) >> 1;
+      const split = this.#split(limits[middle]!, count);
+      if (split !== undefined && split.sum <= within) {
+        found = split.stages;
+        high = middle - 1;
+      } else {
+        if (found === undefined) return undefined; // not even without a limit
+        low = middle + 1;
+      }
+    }
+    return found;
+  }
+
+  /** Whether there is any split, of `count` stages or any number. */
+  fits(count: number | undefined): boolean {
+    return this.#split(Infinity, count) !== undefined;
+  }
+
+  #time({ memoryBytes, bandwidth }: Kind, from: number, to: number): number {
+    const cost = this.#range(from, to);
+    return cost.memoryBytes > memoryBytes ? Infinity : cost.readBytes / bandwidth;
+  }
+
+  /** The split that is fastest for one stream among those without a stage slower than `limit` seconds. */
+  #split(limit: number, count: number | undefined): { sum: number; stages: PlacedStage[] } | undefined {
+    const layers = this.#layers;
+    const best: (Best | undefined)[][] = Array.from({ length: this.#sets }, () => []);
+    best[0]![0] = { sum: 0, kind: -1, from: 0, before: 0 };
+    const most = count ?? layers;
+    let winner: { set: number; sum: number } | undefined;
+    for (let set = 0; set < this.#sets; set++) {
+      const row = best[set]!;
+      const whole = row[layers];
+      const size = this.#size(set);
+      if (whole !== undefined && (count === undefined || size === count) && whole.sum < (winner?.sum ?? Infinity)) {
+        winner = { set, sum: whole.sum };
+      }
+      if (size >= most) continue;
+      for (const [kind, next] of this.#nexts(set)) {
+        const following = best[next]!;
+        for (let from = 0; from < layers; from++) {
+          const prior = row[from];
+          if (prior === undefined) continue;
+          for (let to = from + 1; to <= layers; to++) {
+            const time = this.#time(this.#kinds[kind]!, from, to);
+            if (time > limit || time === Infinity) break; // a longer range is slower still, or needs still more memory
+            const sum = prior.sum + time + this.#hop;
+            if (sum < (following[to]?.sum ?? Infinity)) following[to] = { sum, kind, from, before: set };
           }
         }
       }
-      const whole = best[set]![layers];
-      if (whole === undefined || (count !== undefined && size !== count)) continue;
-      if (
-        winner === undefined || whole.time < winner.time || (whole.time === winner.time && size < winner.size)
-      ) winner = { set, time: whole.time, size };
     }
     if (winner === undefined) return undefined;
-    for (let set = winner.set, to = layers; to > 0;) {
-      const { device, from } = best[set]![to]!;
-      chain.unshift({ worker: devices[device]!.id, first: from, end: to });
-      set &= ~(1 << device);
-      to = from;
+    const stages: { kind: number; first: number; end: number }[] = [];
+    for (let { set } = winner, to = layers; to > 0;) {
+      const { kind, from, before } = best[set]![to]!;
+      stages.unshift({ kind, first: from, end: to });
+      [set, to] = [before, from];
     }
-    return chain;
+    const used = this.#kinds.map(() => 0);
+    return {
+      sum: winner.sum,
+      stages: stages.map(({ kind, first, end }) => ({ worker: this.#kinds[kind]!.ids[used[kind]!++]!, first, end })),
+    };
   }
-  const order = devices.map((_, i) => i).sort((a, b) => bandwidths[b]! - bandwidths[a]!);
-  const most = Math.min(count ?? layers, devices.length);
-  // best[n][to]: `to` layers on n of the devices seen so far; the chain of earlier stages is kept in `stages`.
-  const best: ({ time: number; stages: PlacedStage[] } | undefined)[][] = Array.from({ length: most + 1 }, () => []);
-  best[0]![0] = { time: 0, stages: [] };
-  for (const device of order) {
-    for (let n = most; n >= 1; n--) {
-      for (let to = n; to <= layers; to++) {
-        for (let from = to - 1; from >= n - 1; from--) {
-          const prior = best[n - 1]![from];
-          if (prior === undefined) continue;
-          const slowest = Math.max(prior.time, time(device, from, to));
-          if (slowest >= (best[n]![to]?.time ?? Infinity)) continue;
-          const stage = { worker: devices[device]!.id, first: from, end: to };
-          best[n]![to] = { time: slowest, stages: [...prior.stages, stage] };
-        }
-      }
+
+  /** Devices in a set. */
+  #size(set: number): number {
+    if (this.#ordered) return Math.floor(set / (this.#kinds.length + 1));
+    return this.#kinds.reduce((sum, _, kind) => sum + this.#used(set, kind), 0);
+  }
+
+  #used(set: number, kind: number): number {
+    return Math.floor(set / this.#weights[kind]!) % (this.#kinds[kind]!.ids.length + 1);
+  }
+
+  /** The sets with one device more, all of higher number, and its kind. */
+  #nexts(set: number): [kind: number, set: number][] {
+    if (this.#ordered) {
+      const stride = this.#kinds.length + 1;
+      const [size, last] = [Math.floor(set / stride), set % stride];
+      return this.#kinds.map((_, kind): [number, number] => [kind, (size + 1) * stride + kind + 1])
+        .filter(([kind]) => kind >= last);
     }
+    return this.#kinds.map((_, kind): [number, number] => [kind, set + this.#weights[kind]!])
+      .filter(([kind]) => this.#used(set, kind) < this.#kinds[kind]!.ids.length);
   }
-  const whole = best.map((row) => row[layers]);
-  const candidates = count === undefined ? whole : [whole[count]];
-  let winner: { time: number; stages: PlacedStage[] } | undefined;
-  for (const candidate of candidates) {
-    if (candidate !== undefined && candidate.time < (winner?.time ?? Infinity)) winner = candidate;
-  }
-  return winner?.stages;
 }
 
 /** Cost of layers `from` to `to` (exclusive), with embedding and head where they belong. */
@@ -223,17 +385,27 @@ function shortfall(cost: ModelCost, devices: readonly Device[], shards: number |
   const missing = needed > offered
     ? `${bytes(needed - offered)} are missing`
     : `no split into ${shards ?? "any number of"} contiguous ranges of layers fits`;
-  return `the model with its KV cache needs ${bytes(needed)} of memory; ${each.join("; ")}: ${missing}`;
+  const more = extraOfEach(cost, devices, shards);
+  return `the model with its KV cache needs ${bytes(needed)} of memory; ${each.join("; ")}: ${missing}, ` +
+    `${bytes(more)} more on ${devices.length === 1 ? "it" : "each"} would do`;
+}
+
+/** Bytes that every device lacks, by which the model would fit: the least of the same for all, within a thousandth. */
+function extraOfEach(cost: ModelCost, devices: readonly Device[], shards: number | undefined): number {
+  const fits = (extra: number) =>
+    new Splitter(cost, devices.map((device) => ({ ...device, memoryBytes: device.memoryBytes + extra })), 0)
+      .fits(shards === undefined ? undefined : Math.min(shards, devices.length));
+  let [low, high] = [0, rangeCosts(cost)(0, cost.layers.length).memoryBytes];
+  while (high - low > Math.max(1, 1e-3 * high)) {
+    const middle = (low + high) / 2;
+    if (fits(middle)) high = middle;
+    else low = middle;
+  }
+  return high;
 }
 
 function bytes(count: number): string {
   if (count >= 1e9) return `${(count / 1e9).toFixed(2)} GB`;
   if (count >= 1e6) return `${(count / 1e6).toFixed(1)} MB`;
   return `${Math.ceil(count / 1e3)} kB`;
-}
-
-function bits(set: number): number {
-  let count = 0;
-  for (; set !== 0; set &= set - 1) count++;
-  return count;
 }

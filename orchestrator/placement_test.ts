@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { PlacementError } from "./errors.ts";
-import { place } from "./placement.ts";
+import { place, placeReplicas, predict } from "./placement.ts";
 import type { Device, ModelCost, PlacedStage } from "./placement.ts";
 
 function random(seed: number): (n: number) => number {
@@ -19,9 +19,13 @@ function uniform(layers: number, memoryBytes = 10, readBytes = 10): ModelCost {
   };
 }
 
-/** Time of the slowest stage; `undefined` when a device holds more than it offers. */
-function slowest(cost: ModelCost, devices: readonly Device[], stages: readonly PlacedStage[]): number | undefined {
-  let worst = 0;
+/** Seconds of the slowest stage, and of all; `undefined` when a device holds more than it offers. */
+function times(
+  cost: ModelCost,
+  devices: readonly Device[],
+  stages: readonly PlacedStage[],
+): { slowest: number; sum: number } | undefined {
+  let [slowest, sum] = [0, 0];
   const held = new Map<string, number>();
   for (const { worker, first, end } of stages) {
     const device = devices.find((candidate) => candidate.id === worker)!;
@@ -37,9 +41,11 @@ function slowest(cost: ModelCost, devices: readonly Device[], stages: readonly P
     }
     if (memory > device.memoryBytes) return undefined;
     held.set(worker, memory);
-    worst = Math.max(worst, read / (device.bandwidthGBps ?? 1));
+    const seconds = read / ((device.bandwidthGBps ?? 1) * 1e9);
+    slowest = Math.max(slowest, seconds);
+    sum += seconds;
   }
-  return worst;
+  return { slowest, sum };
 }
 
 /** Every way to give contiguous ranges to different devices. */
@@ -53,42 +59,62 @@ function* everySplit(layers: number, devices: readonly Device[], from = 0): Gene
   }
 }
 
-Deno.test("place: as good as brute force, with and without a number of shards", () => {
+Deno.test("place: as good as brute force, with and without a number of shards, and never slow for one stream", () => {
   const next = random(3);
-  let refused = 0;
-  for (let round = 0; round < 150; round++) {
+  let [refused, bound] = [0, 0];
+  for (let round = 0; round < 200; round++) {
     const layers = 1 + next(6);
     const cost: ModelCost = {
       layers: Array.from({ length: layers }, () => ({ memoryBytes: 1 + next(20), readBytes: 1 + next(20) })),
       embeddingBytes: next(20),
       head: { memoryBytes: next(30), readBytes: next(30) },
     };
+    const room = round % 2 === 0 ? 100 : 400;
     const devices: Device[] = Array.from({ length: 1 + next(4) }, (_, i) => ({
       id: `d${i}`,
-      memoryBytes: next(100),
-      bandwidthGBps: 1 + next(5),
+      memoryBytes: next(room),
+      bandwidthGBps: 1 + next(3),
     }));
-    const all = [...everySplit(layers, devices)];
+    const hopSeconds = 1e-10 * next(20);
+    const all = [...everySplit(layers, devices)].map((stages) => {
+      const found = times(cost, devices, stages);
+      return found === undefined
+        ? undefined
+        : { ...found, count: stages.length, sum: found.sum + stages.length * hopSeconds };
+    }).filter((found) => found !== undefined);
+    const single = Math.min(...all.filter(({ count }) => count === 1).map(({ sum }) => sum));
     for (const shards of [undefined, 1 + next(Math.min(devices.length, layers))]) {
-      const times = all.filter((stages) => shards === undefined || stages.length === shards)
-        .map((stages) => slowest(cost, devices, stages)).filter((time) => time !== undefined);
-      if (times.length === 0) {
+      const options = { hopSeconds, ...(shards === undefined ? {} : { shards }) };
+      const allowed = all.filter(({ count, sum }) =>
+        shards === undefined ? sum <= single / 0.95 * (1 + 1e-9) : count === shards
+      );
+      if (allowed.length === 0) {
         refused++;
-        assert.throws(() => place(cost, devices, shards === undefined ? {} : { shards }), PlacementError);
+        assert.throws(() => place(cost, devices, options), PlacementError);
         continue;
       }
-      const stages = place(cost, devices, shards === undefined ? {} : { shards });
-      assert.equal(slowest(cost, devices, stages), Math.min(...times), `round ${round}`);
+      const stages = place(cost, devices, options);
+      const mine = times(cost, devices, stages)!;
+      const best = Math.min(...allowed.map(({ slowest }) => slowest));
+      near(mine.slowest, best, `round ${round}`);
+      const ties = allowed.filter(({ slowest }) => slowest <= best * (1 + 1e-12));
+      near(mine.sum + stages.length * hopSeconds, Math.min(...ties.map(({ sum }) => sum)), `round ${round}`);
       if (shards !== undefined) assert.equal(stages.length, shards);
+      else if (Math.min(...all.map(({ slowest }) => slowest)) < best) bound++;
     }
   }
-  assert(refused > 10 && refused < 200, `${refused} refused`);
+  assert(refused > 20 && refused < 200, `${refused} refused`);
+  assert(bound > 10, `one stream's speed decided ${bound} times`);
 });
 
-Deno.test("place: twice as fast takes twice as many layers", () => {
+function near(a: number, b: number, what: string): void {
+  assert(Math.abs(a - b) <= 1e-9 * Math.abs(b), `${what}: ${a} is not ${b}`);
+}
+
+Deno.test("place: twice as fast takes twice as many layers, where one alone cannot hold the model", () => {
   const devices = [
-    { id: "slow", memoryBytes: 1e9, bandwidthGBps: 5 },
-    { id: "fast", memoryBytes: 1e9, bandwidthGBps: 10 },
+    { id: "slow", memoryBytes: 100, bandwidthGBps: 5 },
+    { id: "fast", memoryBytes: 100, bandwidthGBps: 10 },
   ];
   const stages = place(uniform(12), devices);
   assert.deepEqual(
@@ -97,16 +123,67 @@ Deno.test("place: twice as fast takes twice as many layers", () => {
   );
 });
 
+Deno.test("place: where the model fits the fastest, a slow one gets no layers; an equal one does, if hops cost little", () => {
+  const two = (bandwidthGBps: number) => [
+    { id: "a", memoryBytes: 1e12, bandwidthGBps: 10 },
+    { id: "b", memoryBytes: 1e12, bandwidthGBps },
+  ];
+  const cost = uniform(8, 1e9, 1e9); // 0.1 s a layer on `a`, 0.8 s in all
+  assert.deepEqual(place(cost, two(5)), [{ worker: "a", first: 0, end: 8 }]);
+  assert.deepEqual(place(cost, two(10)).map(({ first, end }) => end - first), [4, 4]);
+  // Of a stream's 0.8 s a hop more may cost 0.042 s.
+  assert.equal(place(cost, two(10), { hopSeconds: 0.04 }).length, 2);
+  assert.equal(place(cost, two(10), { hopSeconds: 0.045 }).length, 1);
+  // 7 layers in 0.7 s and one in 0.11 s: 0.81 s instead of 0.8, but no more than that.
+  assert.equal(place(cost, two(9)).length, 2);
+  const { oneStream, manyStreams } = predict(cost, two(10), [place(cost, two(10))], 0.01);
+  near(oneStream, 1 / (0.8 + 2 * 0.01), "one stream passes both stages");
+  near(manyStreams, 1 / 0.4, "many keep the slower busy");
+});
+
+Deno.test("placeReplicas: a model that fits several devices lies on each, on the fastest first, and on the others together", () => {
+  const cost = uniform(4, 1e9, 1e9);
+  const devices = [
+    { id: "half-a", memoryBytes: 2e9, bandwidthGBps: 10 },
+    { id: "slow", memoryBytes: 4e9, bandwidthGBps: 5 },
+    { id: "fast", memoryBytes: 4e9, bandwidthGBps: 20 },
+    { id: "half-b", memoryBytes: 2e9, bandwidthGBps: 10 },
+    { id: "tiny", memoryBytes: 1e8, bandwidthGBps: 10 },
+  ];
+  const replicas = placeReplicas(cost, devices);
+  assert.deepEqual(replicas, [
+    [{ worker: "fast", first: 0, end: 4 }],
+    [{ worker: "half-a", first: 0, end: 2 }, { worker: "half-b", first: 2, end: 4 }],
+    [{ worker: "slow", first: 0, end: 4 }],
+  ]);
+  const { oneStream, manyStreams } = predict(cost, devices, replicas, 0);
+  near(oneStream, 5, "20 GB/s over 4 GB");
+  near(manyStreams, 5 + 5 + 1.25, "the fast one, two halves of 0.2 s each, and the slow one");
+  assert.deepEqual(placeReplicas(cost, devices, { shards: 1 }), [place(cost, devices, { shards: 1 })]);
+  assert.equal(placeReplicas(uniform(8, 1e9, 1e9), devices).length, 1, "it fits none alone");
+  assert.throws(() => placeReplicas(uniform(80, 1e9, 1e9), devices), PlacementError);
+});
+
+Deno.test("placeReplicas: devices that fit only together serve more than the one that it fits alone", () => {
+  const cost = uniform(4, 1e9, 1e9);
+  const devices = [
+    { id: "whole", memoryBytes: 4e9, bandwidthGBps: 10 },
+    { id: "part", memoryBytes: 2e9, bandwidthGBps: 10 },
+  ];
+  assert.deepEqual(placeReplicas(cost, devices).map((stages) => stages.map(({ first, end }) => end - first)), [[2, 2]]);
+});
+
 Deno.test("place: equal devices keep their order; an unknown bandwidth counts as the median", () => {
-  const devices = ["a", "b", "c"].map((id) => ({ id, memoryBytes: 1e9, bandwidthGBps: null }));
+  const devices = ["a", "b", "c"].map((id) => ({ id, memoryBytes: 2e9, bandwidthGBps: null }));
+  const cost = uniform(6, 1e9, 1e9);
   const expected = [{ worker: "a", first: 0, end: 2 }, { worker: "b", first: 2, end: 4 }, {
     worker: "c",
     first: 4,
     end: 6,
   }];
-  assert.deepEqual(place(uniform(6), devices), expected);
+  assert.deepEqual(place(cost, devices), expected);
   const known = devices.map((device, i) => i === 1 ? device : { ...device, bandwidthGBps: 7 });
-  assert.deepEqual(place(uniform(6), known), expected);
+  assert.deepEqual(place(cost, known), expected);
 });
 
 Deno.test("place: more shards than devices share devices, next to each other", () => {
@@ -130,22 +207,29 @@ Deno.test("place: a model that does not fit is refused with every device's share
   assert.throws(() => place(uniform(8, 1e9), devices), {
     name: "PlacementError",
     message: "the model with its KV cache needs 8.00 GB of memory; pi-4 offers 2.00 GB, room for 2 of 8 layers; " +
-      "pi-5 offers 3.00 GB, room for 3 of 8 layers: 3.00 GB are missing",
+      "pi-5 offers 3.00 GB, room for 3 of 8 layers: 3.00 GB are missing, 2.00 GB more on each would do",
   });
   assert.throws(() => place(uniform(5, 1e9), devices, { shards: 1 }), /no split into 1 contiguous ranges/);
   assert.throws(() => place(uniform(5), []), /no workers/);
 });
 
-Deno.test("place: many devices are placed within reason", () => {
+Deno.test("place: many devices are placed within reason: alike ones exactly, others by their order", () => {
   const next = random(5);
-  const devices = Array.from({ length: 24 }, (_, i) => ({ id: `d${i}`, memoryBytes: 100, bandwidthGBps: 1 + next(9) }));
-  const cost = uniform(80);
+  const alike = Array.from({ length: 24 }, (_, i) => ({
+    ...{ id: `d${i}`, memoryBytes: 100, bandwidthGBps: i < 20 ? 5 : 10 },
+  }));
+  // 3 layers on each slow one and 6 on each fast one make 84; within any less time, 2 and 5 make 60.
+  assert.equal(times(uniform(80), alike, place(uniform(80), alike))!.slowest, 6 / 10 * 10 / 1e9);
+  const devices = Array.from({ length: 24 }, (_, i) => ({
+    ...{ id: `d${i}`, memoryBytes: 100 + i, bandwidthGBps: 1 + next(9) + i / 100 },
+  }));
   for (const shards of [undefined, 20]) {
-    const stages = place(cost, devices, shards === undefined ? {} : { shards });
-    assert(slowest(cost, devices, stages) !== undefined);
+    const stages = place(uniform(80), devices, shards === undefined ? {} : { shards });
+    assert(times(uniform(80), devices, stages) !== undefined);
     assert.equal(stages[0]!.first, 0);
     assert.equal(stages.at(-1)!.end, 80);
     stages.slice(1).forEach((stage, i) => assert.equal(stage.first, stages[i]!.end));
+    assert.equal(new Set(stages.map(({ worker }) => worker)).size, stages.length);
     if (shards !== undefined) assert.equal(stages.length, shards);
   }
 });
