@@ -6,38 +6,21 @@
  *
  * @module
  */
-import { existsSync, renameSync, rmSync } from "node:fs";
-import { join } from "node:path";
+import { rmSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { Command, Option } from "commander";
 import { integer, number } from "../cli/options.ts";
-import { cacheFolder } from "./cache.ts";
 import { checkAgreement, comparePhase, ROOM } from "./compare.ts";
 import { peerLibraries } from "./engines/peer_package.ts";
 import { EngineProcess } from "./engines/process.ts";
 import type { EngineCommand } from "./engines/process.ts";
 import { countsOf, listOf } from "./list_option.ts";
+import { modelFile } from "./model_file.ts";
 import { record } from "./record.ts";
 import { PHASES } from "./rows.ts";
 import type { PeerRow } from "./rows.ts";
 import { describePeer } from "./tables.ts";
-import { OWN_TYPES, SHAPES, SYNTHETIC_TYPES, writeSyntheticModel } from "./synthetic_model.ts";
-
-/** The model file of a type, written when it is not there yet. */
-function modelFile(shapeName: string, type: string, headType: string | undefined): string {
-  const path = join(cacheFolder("models"), `${shapeName}-${type}${headType === undefined ? "" : `-${headType}`}.gguf`);
-  if (!existsSync(path)) {
-    console.error(`writing a ${shapeName} of ${type} …`);
-    const part = `${path}.part`;
-    writeSyntheticModel(part, {
-      shape: SHAPES[shapeName]!,
-      type,
-      ...(headType === undefined ? {} : { headType }),
-    });
-    renameSync(part, path);
-  }
-  return path;
-}
+import { OWN_TYPES, SHAPES, SYNTHETIC_TYPES } from "./synthetic_model.ts";
 
 const script = (name: string) => fileURLToPath(new URL(`./engines/${name}.ts`, import.meta.url));
 

@@ -12,8 +12,8 @@ import { z } from "zod";
 import project from "../deno.json" with { type: "json" };
 import { loadKernels } from "../worker/mod.ts";
 import { drawCostLaw, drawRatios, drawShares } from "./plot.ts";
-import { costRowSchema, kernelRowSchema, peerRowSchema } from "./rows.ts";
-import { costLines, describeCost, describeKernels, describePeer } from "./tables.ts";
+import { clusterRowSchema, costRowSchema, kernelRowSchema, peerRowSchema } from "./rows.ts";
+import { costLines, describeCluster, describeCost, describeKernels, describePeer } from "./tables.ts";
 
 const peerPartSchema = z.strictObject({
   /** The model's shape. */
@@ -30,6 +30,13 @@ const kernelsPartSchema = z.strictObject({
   rows: z.array(kernelRowSchema),
   cost: z.array(costRowSchema),
 });
+const clusterPartSchema = z.strictObject({
+  /** The model's shape, and the type of its matrices. */
+  shape: z.string(),
+  type: z.string(),
+  rounds: z.number().int().positive(),
+  rows: z.array(clusterRowSchema),
+});
 
 /** A results file. */
 export const resultsSchema = z.strictObject({
@@ -38,11 +45,12 @@ export const resultsSchema = z.strictObject({
   versions: z.strictObject({ lutra: z.string(), deno: z.string(), os: z.string() }),
   peer: peerPartSchema.optional(),
   kernels: kernelsPartSchema.optional(),
+  cluster: clusterPartSchema.optional(),
 });
 export type Results = z.infer<typeof resultsSchema>;
 
 /** What one benchmark measured. */
-export type Part = Pick<Results, "peer" | "kernels">;
+export type Part = Pick<Results, "peer" | "kernels" | "cluster">;
 
 /** A file name's part for a processor's name. */
 export function slug(name: string): string {
@@ -51,7 +59,7 @@ export function slug(name: string): string {
 
 /** The results as people read them. `drawings`: the names of the pictures' files. */
 export function describeResults(results: Results, drawings: readonly string[]): string {
-  const { machine, date, versions, peer, kernels } = results;
+  const { machine, date, versions, peer, kernels, cluster } = results;
   const code = (lines: readonly string[]) => ["```text", ...lines, "```", ""];
   return [
     `# ${machine.cpu}, ${date}`,
@@ -76,6 +84,13 @@ export function describeResults(results: Results, drawings: readonly string[]): 
       "## The cost law",
       "",
       ...code([...describeCost(kernels.cost), "", ...costLines(kernels.cost)]),
+    ]),
+    ...(cluster === undefined ? [] : [
+      "## A cluster",
+      "",
+      `${cluster.shape} of ${cluster.type}, one thread a worker, medians of ${cluster.rounds} rounds.`,
+      "",
+      ...code(describeCluster(cluster.rows)),
     ]),
   ].join("\n");
 }

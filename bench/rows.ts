@@ -67,3 +67,28 @@ export const costRowSchema = z.strictObject({
   nanoseconds: positive,
 });
 export type CostRow = z.infer<typeof costRowSchema>;
+
+/** A pipeline over some workers against one worker. */
+export const clusterRowSchema = z.strictObject({
+  /** Tokens of answers; those of one prompt, to its first answer token. */
+  phase: z.enum(["decode", "prefill"]),
+  /** Each on a worker of its own. */
+  stages: count,
+  /** Requests at the same time. */
+  streams: count,
+  /** Most tokens computed together; null: as many as there are. */
+  batch: count.nullable(),
+  /** Milliseconds one way between each worker and the server. */
+  delay_ms: z.number().nonnegative(),
+  /** Tokens a second, over all streams. */
+  tok_s: positive,
+  /** Against one worker with as many streams, the same bound on micro-batches, and no delay. */
+  ratio: positive,
+  /** Against one worker with one stream. */
+  ratio_one: positive,
+  /** What the ratio is at best by ARCHITECTURE.md, from the measured times of one worker. */
+  theory: positive,
+  /** Milliseconds from stage to stage: what a token of one stream takes beyond the kernels, over its hops; median. */
+  hop_ms: z.number().nullable(),
+});
+export type ClusterRow = z.infer<typeof clusterRowSchema>;

@@ -44,6 +44,16 @@ export const SHAPES: Readonly<Record<string, ModelShape>> = {
     vocab: 128256,
     context: 4096,
   },
+  /** A TinyLlama with a head that weighs next to nothing, as a larger model's does: it can be split evenly. */
+  "even-1b": {
+    embedding: 2048,
+    layers: 22,
+    heads: 32,
+    kvHeads: 4,
+    feedForward: 5632,
+    vocab: 4096,
+    context: 2048,
+  },
   "smollm-135m": { embedding: 576, layers: 30, heads: 9, kvHeads: 3, feedForward: 1536, vocab: 49152, context: 2048 },
 };
 

@@ -1,5 +1,5 @@
 import { table } from "../cli/inspect.ts";
-import type { CostRow, KernelRow, PeerRow } from "./rows.ts";
+import type { ClusterRow, CostRow, KernelRow, PeerRow } from "./rows.ts";
 import { fitLine } from "./stats.ts";
 import type { Line } from "./stats.ts";
 
@@ -77,5 +77,24 @@ export function costFits(rows: readonly CostRow[]): CostFit[] {
 export function costLines(rows: readonly CostRow[]): string[] {
   return costFits(rows).map(({ label, slope, intercept }) =>
     `${label}: ${slope.toFixed(2)} ps/weight for each bit, and ${intercept.toFixed(2)} ps/weight whatever the bits`
+  );
+}
+
+/** Pipelines against one worker, as people read them. */
+export function describeCluster(rows: readonly ClusterRow[]): string[] {
+  return table(
+    ["phase", "stages", "streams", "batch", "delay ms", "tok/s", "to one worker", "theory", "to one stream", "hop ms"],
+    rows.map((r) => [
+      r.phase,
+      `${r.stages}`,
+      `${r.streams}`,
+      r.batch === null ? "any" : `${r.batch}`,
+      `${r.delay_ms}`,
+      r.tok_s.toFixed(1),
+      r.ratio.toFixed(2),
+      r.theory.toFixed(2),
+      r.ratio_one.toFixed(2),
+      r.hop_ms?.toFixed(2) ?? "",
+    ]),
   );
 }

@@ -61,6 +61,11 @@ const PREFILL_BESIDE_DECODE = 64;
 /** So many micro-batches may leave out waiting prefill for want of room. */
 const PREFILL_PATIENCE = 4;
 
+/** Prompts are cut in so many chunks for each stage, so that a pipeline fills and empties in a small part of their time … */
+const CHUNKS_PER_STAGE = 6;
+/** … as far as chunks keep so many tokens: kernels do more with tokens that come together. */
+const LEAST_CHUNK = 32;
+
 interface Sequence {
   readonly job: Job;
   /** Order of arrival. */
@@ -264,10 +269,20 @@ export class Scheduler {
         if (decodes(sequence) && remaining(sequence) === 1) this.#choose(batch, sequence, 1, true);
       }
     }
-    if (!prefillFirst) this.#choosePrefill(batch, prefills, decoding > 0 ? PREFILL_BESIDE_DECODE : Infinity);
+    if (!prefillFirst) {
+      this.#choosePrefill(batch, prefills, decoding > 0 ? PREFILL_BESIDE_DECODE : this.#chunk(prefills));
+    }
     if (prefills.length === 0 || batch.chosen.some((choice) => !choice.decoding)) this.#starved = 0;
     else if (batch.chosen.length > 0) this.#starved++;
     return batch.chosen;
+  }
+
+  /** Tokens of a micro-batch that computes nothing but prompts. */
+  #chunk(prefills: readonly Sequence[]): number {
+    const { stages } = this.#runner;
+    if (stages === 1) return Infinity;
+    const tokens = prefills.reduce((sum, { job }) => sum + job.tokens.length, 0);
+    return Math.max(1, Math.ceil(tokens / (CHUNKS_PER_STAGE * stages) / LEAST_CHUNK)) * LEAST_CHUNK;
   }
 
   /** Fills the batch with chunks of prompts, those served longest ago first. */

@@ -20,13 +20,26 @@ async function tool(command: string, ...args: string[]): Promise<void> {
   if (!success) throw new Error(`${command} ${args.join(" ")}: ${new TextDecoder().decode(stderr).trim()}`);
 }
 
-/** A device's link: a pair of veth between this namespace and one of its own. */
+/** Whether the program that stands for a long cable can be built and run here. */
+const RELAY = repoPath("kernels", "target", "release", "examples", "tun_relay");
+
+/** Builds what {@linkcode DeviceOptions.delayMs} needs. */
+export async function buildRelay(): Promise<void> {
+  const manifest = repoPath("kernels", "Cargo.toml");
+  await tool("cargo", "build", "--quiet", "--release", "--manifest-path", manifest, "--example", "tun_relay");
+}
+
+/**
+ * A device's link to this namespace from one of its own: a pair of veth with 1 Gbit/s, or for a delay a pair of TUN devices with
+ * a relay between them, as not every kernel has netem.
+ */
 class Link implements AsyncDisposable {
   /** Where the device reaches this side. */
   readonly host: string;
   readonly namespace: string;
   readonly #outer: string;
   readonly #inner: string;
+  #relay: Deno.ChildProcess | undefined;
 
   private constructor(index: number) {
     const tag = `${Deno.pid % 100_000}x${index}`;
@@ -38,17 +51,21 @@ class Link implements AsyncDisposable {
   }
 
   /** `undefined` where this user may not make one. */
-  static async create(index: number): Promise<Link | undefined> {
+  static async create(index: number, delayMs: number): Promise<Link | undefined> {
     if (Deno.build.os !== "linux" || Deno.uid() !== 0) return undefined;
     const link = new Link(index);
     try {
       await tool("ip", "netns", "add", link.namespace);
-      await tool("ip", "link", "add", link.#outer, "type", "veth", "peer", "name", "eth0", "netns", link.namespace);
+      if (delayMs > 0) await link.#connectRelay(delayMs);
+      else {
+        await tool("ip", "link", "add", link.#outer, "type", "veth", "peer", "name", "eth0", "netns", link.namespace);
+      }
       await tool("ip", "addr", "add", `${link.host}/30`, "dev", link.#outer);
       await tool("ip", "link", "set", link.#outer, "up");
       await tool("ip", "-n", link.namespace, "addr", "add", `${link.#inner}/30`, "dev", "eth0");
       await tool("ip", "-n", link.namespace, "link", "set", "eth0", "up");
       await tool("ip", "-n", link.namespace, "link", "set", "lo", "up");
+      if (delayMs > 0) return link;
       const shape = ["root", "tbf", "rate", "1gbit", "burst", "128k", "latency", "50ms"];
       await tool("tc", "qdisc", "add", "dev", link.#outer, ...shape);
       await tool("tc", "-n", link.namespace, "qdisc", "add", "dev", "eth0", ...shape);
@@ -59,14 +76,39 @@ class Link implements AsyncDisposable {
     }
   }
 
+  async #connectRelay(delayMs: number): Promise<void> {
+    const inner = `${this.#outer}i`;
+    const args = [this.#outer, inner, `${Math.round(1000 * delayMs)}`];
+    this.#relay = new Deno.Command(RELAY, { args, stdin: "null", stdout: "piped" }).spawn();
+    const reader = this.#relay.stdout.getReader();
+    const { done } = await reader.read(); // `ready`
+    await reader.cancel();
+    if (done) throw new Error(`the relay ended with code ${(await this.#relay.status).code}`);
+    await tool("ip", "link", "set", inner, "netns", this.namespace);
+    await tool("ip", "-n", this.namespace, "link", "set", inner, "name", "eth0");
+  }
+
   /** Pulls the cable, or plugs it in again: no FIN, no RST. */
   async set(state: "up" | "down"): Promise<void> {
     await tool("ip", "link", "set", this.#outer, state);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    await tool("ip", "netns", "del", this.namespace).catch(() => {}); // the pair goes with it
+    await tool("ip", "netns", "del", this.namespace).catch(() => {}); // a pair of veth goes with it
+    if (this.#relay === undefined) return;
+    this.#relay.kill("SIGKILL");
+    await this.#relay.status;
   }
+}
+
+/** What devices are like. */
+export interface DeviceOptions {
+  /** The core that each is bound to, by its number. Default: all. */
+  core?: (index: number) => number;
+  /** Of every packet, one way. @default {0} */
+  delayMs?: number;
+  /** Memory to lend, in GB. @default {1} */
+  memoryGB?: number;
 }
 
 /** A worker's process. */
@@ -74,24 +116,41 @@ export class Device {
   readonly id: string;
   readonly link: Link | undefined;
   readonly #port: number;
+  readonly #memoryGB: number;
+  readonly #core: number | undefined;
   #child: Deno.ChildProcess | undefined;
 
-  constructor(id: string, link: Link | undefined, port: number) {
-    this.id = id;
+  constructor(index: number, link: Link | undefined, port: number, options: DeviceOptions) {
+    this.id = `w${index}`;
     this.link = link;
     this.#port = port;
+    this.#memoryGB = options.memoryGB ?? 1;
+    this.#core = options.core?.(index);
   }
 
   /** Starts it, or starts it again under the same name. */
   start(): void {
     const url = `nats://${this.link?.host ?? "127.0.0.1"}:${this.#port}`;
-    const flags = ["--id", this.id, "--threads", "1", "--bandwidth", "10", "--memory", "1", "--no-cache"];
+    const flags = [
+      "--id",
+      this.id,
+      "--threads",
+      "1",
+      "--bandwidth",
+      "10",
+      "--memory",
+      `${this.#memoryGB}`,
+      "--no-cache",
+    ];
     const run = ["run", "-q", "-P=worker", repoPath("mod.ts"), "worker", "--nats", url, ...flags, "--drain", "5"];
-    const [command, args] = this.link === undefined
-      ? [Deno.execPath(), run]
-      : ["ip", ["netns", "exec", this.link.namespace, Deno.execPath(), ...run]];
+    const [command, ...args] = [
+      ...(this.link === undefined ? [] : ["ip", "netns", "exec", this.link.namespace]),
+      ...(this.#core === undefined ? [] : ["taskset", "-c", `${this.#core}`]),
+      Deno.execPath(),
+      ...run,
+    ];
     this.#child = new Deno.Command(command!, {
-      args: args as string[],
+      args,
       cwd: repoPath(),
       stdin: "null",
       stdout: "null",
@@ -99,7 +158,7 @@ export class Device {
     }).spawn();
   }
 
-  /** `ip netns exec` becomes the worker, so that the child's number is the worker's. */
+  /** `ip netns exec` and `taskset` become the worker, so that the child's number is the worker's. */
   kill(signal: Deno.Signal): void {
     try {
       this.#child?.kill(signal);
@@ -131,11 +190,15 @@ export class FaultCluster implements AsyncDisposable {
     this.server = server;
   }
 
-  static async start(count: number, options: Partial<EngineOptions> = {}): Promise<FaultCluster> {
+  static async start(
+    count: number,
+    options: Partial<EngineOptions> = {},
+    devices: DeviceOptions = {},
+  ): Promise<FaultCluster> {
     const cluster = new FaultCluster(await nats.start({ host: "0.0.0.0" }));
     try {
       for (let i = 0; i < count; i++) {
-        const device = new Device(`w${i}`, await Link.create(i), cluster.server.port);
+        const device = new Device(i, await Link.create(i, devices.delayMs ?? 0), cluster.server.port, devices);
         cluster.devices.push(device);
         device.start();
       }
@@ -149,10 +212,11 @@ export class FaultCluster implements AsyncDisposable {
 
   /** Opens the orchestrator's side. */
   async open(options: Partial<EngineOptions> = {}): Promise<void> {
+    const { model = await loadModel(MODEL), ...rest } = options;
     this.bus = await NatsBus.connect({ servers: `127.0.0.1:${this.server.port}`, onError: () => {} });
     this.engine = await Engine.start({
       bus: this.bus,
-      model: await loadModel(MODEL),
+      model,
       cluster: "lutra",
       shards: 2,
       context: 512,
@@ -165,7 +229,7 @@ export class FaultCluster implements AsyncDisposable {
         this.events.push({ at: performance.now(), text });
         if (Deno.env.has("LUTRA_FAULTS_LOG")) console.error(text);
       },
-      ...options,
+      ...rest,
     });
   }
 

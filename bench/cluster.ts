@@ -1,0 +1,218 @@
+/**
+ * The `bench:cluster` task: how a pipeline over two workers compares with one worker and with the theory.
+ *
+ * A real nats-server and real workers, each bound to a core and in a network namespace of its own; what lies between them is a
+ * pair of veth with 1 Gbit/s, or for a delay a relay. The orchestrator (this process) and the server are bound to nothing.
+ *
+ * @module
+ */
+import { Command, Option } from "commander";
+import { integer } from "../cli/options.ts";
+import { loadModel } from "../model/mod.ts";
+import type { LoadedModel } from "../model/mod.ts";
+import type { Engine } from "../orchestrator/mod.ts";
+import { buildRelay, FaultCluster } from "../tests/faults/harness.ts";
+import { modelFile } from "./model_file.ts";
+import { record } from "./record.ts";
+import type { ClusterRow } from "./rows.ts";
+import { median } from "./stats.ts";
+import { SHAPES, SYNTHETIC_TYPES } from "./synthetic_model.ts";
+import { describeCluster } from "./tables.ts";
+
+const PREFILL_TOKENS = 512;
+/** Tokens of a stream before and while it is measured. */
+const WARM_TOKENS = 8;
+const STREAMS = 4;
+/** Tokens between two looks at the hop cost. */
+const STRETCH = 4;
+
+/** Prompts that have no beginning in common. */
+let prompts = 0;
+function prompt(tokens: number, vocab: number): number[] {
+  const seed = ++prompts;
+  return Array.from({ length: tokens }, (_, i) => (seed * 7919 + i * 104_729) % vocab);
+}
+
+const GREEDY = { temperature: 0, penaltyLastN: 0 } as const;
+
+/** Tokens a second of so many streams. */
+async function decode(engine: Engine, streams: number, tokens: number): Promise<number> {
+  const { vocab } = engine.model.description.hyper;
+  const times: number[][] = await Promise.all(
+    Array.from({ length: streams }, async () => {
+      const own: number[] = [];
+      const promptTokens = prompt(16, vocab);
+      const request = { promptTokens, maxTokens: WARM_TOKENS + tokens, ignoreEos: true, sampling: GREEDY };
+      for await (const { type } of engine.generate(request)) if (type === "token") own.push(performance.now());
+      return own;
+    }),
+  );
+  const begin = Math.max(...times.map((own) => own[WARM_TOKENS - 1]!));
+  const end = Math.min(...times.map((own) => own.at(-1)!));
+  return (1000 * times.flat().filter((time) => time > begin && time <= end).length) / (end - begin);
+}
+
+/** Tokens a second of a prompt, to its first answer token. */
+async function prefill(engine: Engine): Promise<number> {
+  const promptTokens = prompt(PREFILL_TOKENS, engine.model.description.hyper.vocab);
+  const begin = performance.now();
+  for await (const _ of engine.generate({ promptTokens, maxTokens: 1, sampling: GREEDY })) { /* one token */ }
+  return (1000 * PREFILL_TOKENS) / (performance.now() - begin);
+}
+
+/**
+ * Milliseconds that a token of one stream takes beyond the kernels for each hop, there being as many as stages: the median over
+ * short stretches.
+ */
+async function hopCost(engine: Engine, tokens: number): Promise<number> {
+  const busy = async () => {
+    const stages = await engine.query();
+    return { steps: stages[0]!.steps, ms: stages.reduce((sum, { busyMs }) => sum + busyMs, 0), stages: stages.length };
+  };
+  const promptTokens = prompt(4, engine.model.description.hyper.vocab);
+  const hops: number[] = [];
+  let [before, since] = [await busy(), performance.now()];
+  let seen = 0;
+  const request = { promptTokens, maxTokens: tokens, ignoreEos: true, sampling: GREEDY };
+  for await (const _ of engine.generate(request)) {
+    if (++seen % STRETCH !== 0) continue;
+    const [now, at] = [await busy(), performance.now()];
+    const { ms, steps, stages } = now;
+    hops.push((at - since - (ms - before.ms)) / (steps - before.steps) / stages);
+    [before, since] = [now, at];
+  }
+  return median(hops.slice(1));
+}
+
+interface Flags {
+  shape: string;
+  type: string;
+  delays: number[];
+  tokens: number;
+  rounds: number;
+  json?: boolean;
+  record?: boolean;
+}
+
+const program = new Command("bench:cluster")
+  .description("Compare a pipeline over two workers with one worker and with the theory (Linux, as root).")
+  .addOption(new Option("--shape <name>", "the model's").choices(Object.keys(SHAPES)).default("even-1b"))
+  .addOption(new Option("--type <name>", "of all its matrices").choices([...SYNTHETIC_TYPES]).default("Q4_0"))
+  .option("--delays <list>", "milliseconds one way between a worker and the server", numbers, [0, 0.15, 0.5, 2.5])
+  .option("--tokens <n>", "tokens of a stream that are measured", integer(8), 48)
+  .option("--rounds <n>", "measurements, of which the median counts", integer(1), 3)
+  .option("--json", "print rows as lines of JSON")
+  .option("--record", "write the results to bench/results");
+
+function numbers(text: string): number[] {
+  return text.split(",").map(Number);
+}
+
+/** A measurement of one worker and of two, in turns: what else the machine does meets both alike. */
+async function inTurns(rounds: number, measure: (engine: Engine) => Promise<number>, one: Engine, two: Engine) {
+  const pairs: { one: number; two: number }[] = [];
+  for (let i = 0; i < rounds; i++) pairs.push({ one: await measure(one), two: await measure(two) });
+  const of = (value: (pair: { one: number; two: number }) => number) => median(pairs.map(value));
+  return { one: of((pair) => pair.one), two: of((pair) => pair.two), ratio: of((pair) => pair.two / pair.one) };
+}
+
+/** Measures all rows, in the order in which they come. */
+async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): AsyncGenerator<ClusterRow> {
+  const settings = { model, context: 1024, kvTokens: 8192, loadTimeoutMs: 120_000, lostMs: 5000 };
+  const start = (stages: number, delayMs: number) =>
+    FaultCluster.start(stages, { ...settings, shards: stages }, { core: (index) => index, delayMs, memoryGB: 8 });
+  await using single = await start(1, 0);
+  await decode(single.engine, 1, 8);
+  /** What one worker needs for a token of each of some streams, in milliseconds. */
+  const stepMs = new Map<number, number>();
+  for (const streams of [1, STREAMS / 2, STREAMS]) {
+    const values: number[] = [];
+    for (let i = 0; i < rounds; i++) values.push(await decode(single.engine, streams, tokens));
+    const tok_s = median(values);
+    stepMs.set(streams, (1000 * streams) / tok_s);
+    const ratio_one = tok_s * stepMs.get(1)! / 1000;
+    const row = { phase: "decode", stages: 1, batch: null, delay_ms: 0, ratio: 1, theory: 1, hop_ms: null } as const;
+    yield { ...row, streams, tok_s, ratio_one };
+  }
+  const one = stepMs.get(1)!;
+  for (const delay_ms of delays) {
+    await using cluster = await start(2, delay_ms);
+    await decode(cluster.engine, 1, 8);
+    const row = { stages: 2, batch: null, delay_ms, hop_ms: null } as const;
+    // Every message passes the server: two delays a hop.
+    const hop = 2 * delay_ms;
+    const decoding = (streams: number) =>
+      inTurns(rounds, (engine) => decode(engine, streams, tokens), single.engine, cluster.engine);
+    const alone = await decoding(1);
+    yield {
+      ...row,
+      phase: "decode",
+      streams: 1,
+      tok_s: alone.two,
+      ratio: alone.ratio,
+      ratio_one: alone.ratio,
+      theory: one / (one + 2 * hop),
+      hop_ms: await hopCost(cluster.engine, 2 * tokens),
+    };
+    const many = await decoding(STREAMS);
+    const turn = stepMs.get(STREAMS / 2)! + 2 * hop;
+    yield {
+      ...row,
+      phase: "decode",
+      streams: STREAMS,
+      tok_s: many.two,
+      ratio: many.ratio,
+      ratio_one: many.two * one / 1000,
+      theory: stepMs.get(STREAMS)! / turn,
+    };
+    const prompts = await inTurns(rounds, prefill, single.engine, cluster.engine);
+    yield {
+      ...row,
+      phase: "prefill",
+      streams: 1,
+      tok_s: prompts.two,
+      ratio: prompts.ratio,
+      ratio_one: prompts.ratio,
+      theory: 2,
+    };
+    if (delay_ms > 0) continue;
+    // One token a micro-batch: what pipelining alone gives, without batching, whose gain one worker has too.
+    for (const [one, stages] of [[single, 1], [cluster, 2]] as const) {
+      await one.shut();
+      await one.open({ ...settings, shards: stages, workers: stages, maxBatch: 1 });
+    }
+    const unbatched = await decoding(STREAMS);
+    yield {
+      ...row,
+      phase: "decode",
+      streams: STREAMS,
+      batch: 1,
+      tok_s: unbatched.two,
+      ratio: unbatched.ratio,
+      ratio_one: unbatched.two * one / 1000,
+      theory: 2,
+    };
+    await single.shut();
+    await single.open({ ...settings, shards: 1, workers: 1 });
+    await decode(single.engine, 1, 8);
+  }
+}
+
+async function main(flags: Flags): Promise<void> {
+  const path = modelFile(flags.shape, flags.type, flags.type);
+  if (flags.delays.some((delay) => delay > 0)) await buildRelay();
+  const rows: ClusterRow[] = [];
+  for await (const row of measure(await loadModel(path), flags)) {
+    rows.push(row);
+    if (flags.json === true) console.log(JSON.stringify(row));
+    else console.error(JSON.stringify(row));
+  }
+  if (flags.json !== true) console.log(describeCluster(rows).join("\n"));
+  const { shape, type, rounds } = flags;
+  if (flags.record === true) record({ cluster: { shape, type, rounds, rows } });
+}
+
+if (import.meta.main) {
+  await main(program.parse(Deno.args, { from: "user" }).opts<Flags>());
+  Deno.exit(0);
+}
