@@ -44,9 +44,13 @@ export function findNatsServer(folders: readonly string[] = []): string | undefi
   return undefined;
 }
 
+/** Waits until its input ends, which it does however this process ends, and kills the server. Signals to all are for others. */
+const GUARD = `trap "" INT TERM HUP; cat >/dev/null; kill -9 "$1"`;
+
 /**
  * A `nats-server` of our own, with a configuration made for Lutra: core NATS alone, nothing on disk, messages of up to 1 MiB,
- * and pings often enough that boards whose cable was pulled are noticed.
+ * and pings often enough that boards whose cable was pulled are noticed. It ends with this process, even one that is killed,
+ * where there is a shell that may be run.
  */
 export class NatsServer {
   /** `nats://host:port`, with the token. */
@@ -55,6 +59,7 @@ export class NatsServer {
   readonly port: number;
   readonly pid: number;
   readonly #child: Deno.ChildProcess;
+  readonly #guard: Deno.ChildProcess | undefined;
   readonly #folder: string;
   /** Reads the log to its end. */
   readonly #log: Promise<void>;
@@ -66,6 +71,7 @@ export class NatsServer {
   ) {
     const { child, folder, log, host, port } = parts;
     this.#child = child;
+    this.#guard = startGuard(child.pid);
     this.#folder = folder;
     this.#log = log;
     this.host = host;
@@ -144,6 +150,11 @@ export class NatsServer {
       await this.#child.status;
       clearTimeout(timer);
       await this.#log;
+      if (this.#guard !== undefined) {
+        kill(this.#guard, "SIGKILL"); // before its input ends: the number may be another's soon
+        await this.#guard.stdin.close().catch(() => {});
+        await this.#guard.status;
+      }
       await Deno.remove(this.#folder, { recursive: true });
     })();
     return this.#stopping;
@@ -156,6 +167,17 @@ export class NatsServer {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.stop();
+  }
+}
+
+function startGuard(pid: number): Deno.ChildProcess | undefined {
+  if (Deno.build.os === "windows") return undefined;
+  const args = ["-c", GUARD, "sh", `${pid}`];
+  try {
+    return new Deno.Command("sh", { args, stdin: "piped", stdout: "null", stderr: "null" }).spawn();
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound || error instanceof Deno.errors.NotCapable) return undefined;
+    throw error;
   }
 }
 

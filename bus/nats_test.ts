@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { createConnection, createServer } from "node:net";
 import type { Socket } from "node:net";
 import { join } from "node:path";
+import { nkeys } from "@nats-io/transport-node";
 import { busConformance } from "../tests/bus_conformance.ts";
 import { repoPath } from "../tests/data.ts";
 import { nats } from "../tests/nats.ts";
@@ -123,13 +124,58 @@ test("token and password are asked for; a refusal tells so", async () => {
 });
 
 test("an nkey is proved by its signature", async () => {
-  const { nkeys } = await import("@nats-io/transport-node");
   const pair = nkeys.createUser();
   const seed = new TextDecoder().decode(pair.getSeed());
   await using server = await nats.start({ config: `authorization { users: [{ nkey: ${pair.getPublicKey()} }] }` });
   await (await NatsBus.connect({ servers: server.url, nkeySeed: `${seed}\n` })).close();
   const other = new TextDecoder().decode(nkeys.createUser().getSeed());
   await assert.rejects(NatsBus.connect({ servers: server.url, nkeySeed: other, ...quiet }), BusConnectError);
+});
+
+type KeyPair = ReturnType<typeof nkeys.createUser>;
+
+/** A JWT as NATS signs them: of `subject`, by `issuer`. */
+function jwt(issuer: KeyPair, subject: KeyPair, name: string, nats: Record<string, unknown>): string {
+  const encode = (value: unknown) => encodeBase64Url(new TextEncoder().encode(JSON.stringify(value)));
+  const claims = {
+    ...{ iat: Math.floor(Date.now() / 1000), iss: issuer.getPublicKey(), sub: subject.getPublicKey(), name },
+    ...{ jti: crypto.randomUUID(), nats: { version: 2, ...nats } },
+  };
+  const signed = `${encode({ typ: "JWT", alg: "ed25519-nkey" })}.${encode(claims)}`;
+  return `${signed}.${encodeBase64Url(issuer.sign(new TextEncoder().encode(signed)))}`;
+}
+
+function encodeBase64Url(bytes: Uint8Array): string {
+  return btoa(String.fromCharCode(...bytes)).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "");
+}
+
+test("a credentials file is proved by operator, account and user; another account's is refused", async () => {
+  const [operator, account, stranger] = [nkeys.createOperator(), nkeys.createAccount(), nkeys.createAccount()];
+  const limits = { subs: -1, data: -1, payload: -1, imports: -1, exports: -1, wildcards: true, conn: -1, leaf: -1 };
+  const accountJwt = jwt(operator, account, "lutra", { type: "account", limits });
+  await using server = await nats.start({
+    config: `operator: ${jwt(operator, operator, "home", { type: "operator" })}
+      resolver: MEMORY
+      resolver_preload: { ${account.getPublicKey()}: ${accountJwt} }`,
+  });
+  const credsOf = (issuer: KeyPair) => {
+    const user = nkeys.createUser();
+    const token = jwt(issuer, user, "board", { type: "user", subs: -1, data: -1, payload: -1 });
+    const seed = new TextDecoder().decode(user.getSeed());
+    return `-----BEGIN NATS USER JWT-----\n${token}\n------END NATS USER JWT------\n\n` +
+      `-----BEGIN USER NKEY SEED-----\n${seed}\n------END USER NKEY SEED------\n`;
+  };
+  const bus = await NatsBus.connect({ servers: server.url, creds: credsOf(account) });
+  bus.subscribe("echo", (message) => message.respond(message.data));
+  assert.deepEqual([...(await bus.request("echo", Uint8Array.of(7))).data], [7]);
+  await bus.close();
+  for (const options of [{ creds: credsOf(stranger) }, {}]) {
+    await assert.rejects(NatsBus.connect({ servers: server.url, ...options, ...quiet }), {
+      name: "BusConnectError",
+      message: /refuses these credentials/,
+    });
+  }
+  await assert.rejects(NatsBus.connect({ servers: server.url, creds: "nonsense", ...quiet }), BusConnectError);
 });
 
 test("TLS checks the server's certificate, mutual TLS the client's", async () => {
