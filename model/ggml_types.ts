@@ -12,7 +12,7 @@ export interface GgmlType {
 }
 
 /** Types that only files have so far. */
-const UNSUPPORTED = new Set([9, 15, 16, 17, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]);
+const UNSUPPORTED = new Set([9, 15, 24, 25, 26, 27, 28]);
 
 const table: [number, string, number, number, number?][] = [
   [0, "F32", 1, 4],

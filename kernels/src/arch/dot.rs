@@ -6,7 +6,7 @@
 
 use crate::matmul::{TileArgs, TileOut, ACTIVATION_PAD};
 use crate::pack::fields::{UNIT, WORD};
-use crate::pack::{Values, FIELD_TILE, IQ4_NL_VALUES, MXFP4_VALUES};
+use crate::pack::{Values, FIELD_TILE};
 
 /// Registers of `LANES` rows: i32 lanes of which bytes are codes, and f32 lanes.
 ///
@@ -123,6 +123,10 @@ pub(crate) trait Dot {
 /// `CODES`: n for `Codes::Fields(n)` with an offset, or one of these for tables.
 pub(crate) const IQ4_NL: u8 = 16;
 pub(crate) const MXFP4: u8 = 17;
+pub(crate) const IQ1: u8 = 18;
+pub(crate) const IQ2: u8 = 19;
+pub(crate) const IQ3_XXS: u8 = 20;
+pub(crate) const IQ3_S: u8 = 21;
 
 /// `SCALE`: the scale kinds.
 pub(crate) const F16: u8 = 0;
@@ -133,6 +137,7 @@ pub(crate) const SUB4_MIN: u8 = 4;
 pub(crate) const SUB6_MIN: u8 = 5;
 pub(crate) const SUB6: u8 = 6;
 pub(crate) const SUB8: u8 = 7;
+pub(crate) const SUB6_OF_32: u8 = 8;
 
 /// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
 /// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
@@ -148,8 +153,23 @@ const SUMS: usize = 8;
 #[inline(always)]
 const fn width(codes: u8) -> usize {
     match codes {
-        IQ4_NL | MXFP4 => 4,
+        IQ4_NL | MXFP4 | IQ3_XXS | IQ3_S => 4,
+        IQ1 | IQ2 => 3,
         n => n as usize,
+    }
+}
+
+/// What these codes are worth, for tables.
+#[inline(always)]
+const fn table_values(codes: u8) -> Values {
+    match codes {
+        IQ4_NL => Values::Iq4Nl,
+        MXFP4 => Values::Mxfp4,
+        IQ1 => Values::Iq1,
+        IQ2 => Values::Iq2,
+        IQ3_XXS => Values::Iq3Xxs,
+        IQ3_S => Values::Iq3S,
+        _ => Values::Offset(0),
     }
 }
 
@@ -161,7 +181,7 @@ const fn most(codes: u8) -> i32 {
 
 #[inline(always)]
 const fn is_signed(codes: u8) -> bool {
-    matches!(codes, 8 | IQ4_NL | MXFP4)
+    codes == 8 || table_values(codes).table().is_some()
 }
 
 /// Bytes of the scales behind the codes of a group.
@@ -171,7 +191,7 @@ const fn scale_bytes(scale: u8) -> usize {
         * match scale {
             TENSOR => 0,
             E8M0 => 1,
-            F16 | SUB6 | SUB8 => 2,
+            F16 | SUB6 | SUB6_OF_32 | SUB8 => 2,
             _ => 4,
         }
 }
@@ -182,6 +202,7 @@ const fn sub_words(scale: u8) -> usize {
     match scale {
         SUB4_MIN | SUB8 => 4,
         SUB6_MIN | SUB6 => 3,
+        SUB6_OF_32 => 2,
         _ => 0,
     }
 }
@@ -216,7 +237,7 @@ unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
                 out[f] = D::field(w, f as u32, 1);
             }
         }
-        2 | 3 => {
+        2 | 3 | IQ1 | IQ2 => {
             for i in 0..2 {
                 let w = word::<D>(at, i);
                 for f in 0..4 {
@@ -239,7 +260,7 @@ unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
     }
     // The upper part, moved to where it belongs in the code.
     match CODES {
-        3 => {
+        3 | IQ1 | IQ2 => {
             let w = word::<D>(at, 2);
             for f in 0..8 {
                 let moved = if f < 2 { D::shl(w, 2 - f as u32) } else { D::shr(w, f as u32 - 2) };
@@ -262,13 +283,12 @@ unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
                 }
             }
         }
-        IQ4_NL | MXFP4 => {
-            let table = if CODES == IQ4_NL { &IQ4_NL_VALUES } else { &MXFP4_VALUES };
-            for index in &mut out {
-                *index = D::lookup(table, *index);
-            }
-        }
         _ => {}
+    }
+    if let Some(table) = table_values(CODES).table() {
+        for index in &mut out {
+            *index = D::lookup(table, *index);
+        }
     }
     out
 }
@@ -475,6 +495,11 @@ unsafe fn sub_scales<D: Dot, const SCALE: u8>(words: *const u8, t: usize) -> (D:
             let s = D::or(mask::<D>(low, 15), D::shl(mask::<D>(high, 3), 4));
             (s, s)
         }
+        SUB6_OF_32 => {
+            let (low, high) = (D::shr(word::<D>(words, 0), 4 * t as u32), D::shr(word::<D>(words, 1), 2 * t as u32));
+            let s = D::or(mask::<D>(low, 15), D::shl(mask::<D>(high, 3), 4));
+            (s, s)
+        }
         _ => (word::<D>(words, t), word::<D>(words, t)),
     }
 }
@@ -484,6 +509,8 @@ unsafe fn sub_scales<D: Dot, const SCALE: u8>(words: *const u8, t: usize) -> (D:
 /// With s' stored (s plus the bias, 0 ..= 255), c the codes (0 ..= 63), b a sub's Σ a:
 /// Σ s·(Σ (c + offset)·a) = Σ (s' − bias)·(Σ c·a) + offset·(Σ s'·b − bias·Σ b). The first sum is at most
 /// 16 subs · 128 · 16·63·127 < 2.7·10^8, Σ s'·b at most 255·256·127 < 8.3·10^6, times 32 < 2.7·10^8: all fit i32.
+/// For tables c is the value plus `SIGNED_BIAS`, −127 ..= 255, and the offset takes the bias away; |s| ≤ 32, s' ≤ 63: at most
+/// 32·256·255·127 < 2.7·10^8, and 128·63·256·127 < 2.7·10^8.
 #[inline(always)]
 pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: usize>(
     args: &TileArgs,
@@ -497,10 +524,12 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     let group_bytes = (words + 8 * width(CODES)) * WORD + scale_bytes(SCALE);
     assert!(group_bytes == args.form.group_tile_bytes());
     let has_min = matches!(SCALE, SUB4_MIN | SUB6_MIN);
+    assert!(!(is_signed(CODES) && has_min));
     let offset = match args.form.values {
         Values::Offset(offset) => offset as i32,
-        _ => 0,
+        _ => -D::SIGNED_BIAS,
     };
+    let unit = table_values(CODES).unit();
     let mut acc = [[D::splat_float(0.0); CHUNKS]; N];
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
@@ -532,7 +561,10 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
                 quad::<D, CODES, SCALE, N, 3>(&mut sums);
             }
             let Nested { total, other, .. } = sums;
-            let d = D::load_half(scales.add(2 * D::LANES * chunk));
+            let mut d = D::load_half(scales.add(2 * D::LANES * chunk));
+            if unit != 1.0 {
+                d = D::mul_float(d, D::splat_float(unit));
+            }
             for n in 0..N {
                 let at = (args.first + j + n) * groups + g;
                 let a = D::splat_float(*args.scales.get_unchecked(at));
@@ -555,7 +587,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
 /// k of a sub.
 #[inline(always)]
 const fn sub(scale: u8) -> usize {
-    if scale == SUB6_MIN {
+    if matches!(scale, SUB6_MIN | SUB6_OF_32) {
         32
     } else {
         16
@@ -566,7 +598,7 @@ const fn sub(scale: u8) -> usize {
 #[inline(always)]
 const fn bias(scale: u8) -> i32 {
     match scale {
-        SUB6 => 32,
+        SUB6 | SUB6_OF_32 => 32,
         SUB8 => 128,
         _ => 0,
     }
@@ -596,7 +628,7 @@ unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T
     let (s, m) = sub_scales::<D, SCALE>(sums.words, T);
     let unit_bytes = width(CODES) * WORD;
     let has_min = matches!(SCALE, SUB4_MIN | SUB6_MIN);
-    let narrow = D::PAIRS && width(CODES) <= 4;
+    let narrow = D::PAIRS && width(CODES) <= 4 && !is_signed(CODES);
     for pair in 0..2 {
         // Subs 4·T + 2·pair and the next.
         for unit in 0..sub(SCALE) / 16 {
@@ -657,7 +689,11 @@ unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T
                     let w = &w[half * sub(SCALE) / 4..(half + 1) * sub(SCALE) / 4];
                     for n in 0..N {
                         let a = sums.a.add(n * sums.a_stride + index * UNIT + half * sub(SCALE));
-                        let sum = D::dots::<63>(D::splat(0), w, a);
+                        let sum = if is_signed(CODES) {
+                            D::dots_signed(D::splat(0), w, a)
+                        } else {
+                            D::dots::<63>(D::splat(0), w, a)
+                        };
                         sums.total[n] = D::add(sums.total[n], D::mul(sum, s));
                     }
                 }
@@ -793,7 +829,8 @@ macro_rules! dot_kernels {
 
         /// The kernels for a form of fields or trits.
         fn dot_variants(form: PackedForm) -> &'static [Variant] {
-            use $crate::arch::dot::{E8M0, F16, F16_MIN, IQ4_NL, MXFP4, SUB4_MIN, SUB6, SUB6_MIN, SUB8, TENSOR};
+            use $crate::arch::dot::{E8M0, F16, F16_MIN, SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8, TENSOR};
+            use $crate::arch::dot::{IQ1, IQ2, IQ3_S, IQ3_XXS, IQ4_NL, MXFP4};
             use $crate::pack::{Codes, ScaleKind as S, Values};
             const fn dot(tile: TileKernel) -> Variant {
                 Variant { name: "dot", tile, widths: &[8, 4, 2, 1], tables: false }
@@ -811,6 +848,13 @@ macro_rules! dot_kernels {
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[dot(flat::<4, F16_MIN, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<4, F16_MIN, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<4, SUB6_MIN>)] },
+                (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[dot(nested::<IQ1, SUB6_OF_32>)] },
+                (Codes::Fields(3), Values::Iq1, S::Sub6, 256) => const { &[dot(nested::<IQ1, SUB6>)] },
+                (Codes::Fields(3), Values::Iq2, S::Sub6Of32, 256) => const { &[dot(nested::<IQ2, SUB6_OF_32>)] },
+                (Codes::Fields(3), Values::Iq2, S::Sub6, 256) => const { &[dot(nested::<IQ2, SUB6>)] },
+                (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[dot(nested::<IQ3_XXS, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[dot(nested::<IQ3_S, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[dot(nested::<IQ4_NL, SUB6_OF_32>)] },
                 (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[dot(flat::<IQ4_NL, F16, 1>)] },
                 (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[dot(flat::<MXFP4, E8M0, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<5, F16, 1>)] },

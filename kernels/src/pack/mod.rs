@@ -7,6 +7,7 @@
 //! gives the bits that `dequantize` gives.
 
 mod buffer;
+mod codebooks;
 pub(crate) mod fields;
 mod planes;
 #[cfg(test)]
@@ -23,7 +24,7 @@ pub(crate) use buffer::Buffer;
 use scales::RowScales;
 use source::Block;
 pub use source::{dequantize, SourceType};
-pub(crate) use source::{e8m0_half, IQ4_NL_VALUES, MXFP4_VALUES};
+pub(crate) use source::{e8m0_half, IQ1_VALUES, IQ2_VALUES, IQ3_S_VALUES, IQ3_XXS_VALUES, IQ4_NL_VALUES, MXFP4_VALUES};
 use std::fmt;
 
 /// Rows in a tile of bit planes.
@@ -69,6 +70,35 @@ pub enum Values {
     Iq4Nl,
     /// An entry of MXFP4's table, doubled.
     Mxfp4,
+    /// An entry of these types' tables, in units of `Values::unit`.
+    Iq1,
+    Iq2,
+    Iq3Xxs,
+    Iq3S,
+}
+
+impl Values {
+    /// What codes are worth, in `unit`s, if that is no sum.
+    pub(crate) const fn table(self) -> Option<&'static [i8; 16]> {
+        match self {
+            Values::Offset(_) => None,
+            Values::Iq4Nl => Some(&IQ4_NL_VALUES),
+            Values::Mxfp4 => Some(&MXFP4_VALUES),
+            Values::Iq1 => Some(&IQ1_VALUES),
+            Values::Iq2 => Some(&IQ2_VALUES),
+            Values::Iq3Xxs => Some(&IQ3_XXS_VALUES),
+            Values::Iq3S => Some(&IQ3_S_VALUES),
+        }
+    }
+
+    /// What a value of 1 multiplies d by, a power of two: products of a half float with it are exact.
+    pub(crate) const fn unit(self) -> f32 {
+        match self {
+            Values::Iq1 | Values::Iq2 => 0.125,
+            Values::Iq3Xxs => 0.5,
+            _ => 1.0,
+        }
+    }
 }
 
 /// What turns the values of a group into weights.
@@ -90,6 +120,8 @@ pub enum ScaleKind {
     Sub6Min,
     /// (d·(s − 32))·value, s of 6 bits for every 16 weights.
     Sub6,
+    /// The same with s for every 32 weights.
+    Sub6Of32,
     /// (d·s)·value, s a signed byte for every 16 weights.
     Sub8,
 }
@@ -138,6 +170,13 @@ impl PackedForm {
             T::Q4_K => one(4, offset(0), 256, Sub6Min),
             T::Q5_K => one(5, offset(0), 256, Sub6Min),
             T::Q6_K => one(6, offset(-32), 256, Sub8),
+            T::IQ1_S => one(3, Values::Iq1, 256, Sub6Of32),
+            T::IQ1_M => one(3, Values::Iq1, 256, Sub6),
+            T::IQ2_XXS => one(3, Values::Iq2, 256, Sub6Of32),
+            T::IQ2_XS | T::IQ2_S => one(3, Values::Iq2, 256, Sub6),
+            T::IQ3_XXS => one(4, Values::Iq3Xxs, 256, Sub6Of32),
+            T::IQ3_S => one(4, Values::Iq3S, 256, Sub6Of32),
+            T::IQ4_XS => one(4, Values::Iq4Nl, 256, Sub6Of32),
             T::IQ4_NL => one(4, Values::Iq4Nl, 32, F16),
             T::MXFP4 => one(4, Values::Mxfp4, 32, E8M0),
             T::TQ1_0 => {
@@ -217,11 +256,11 @@ impl PackedForm {
             Codes::Float(_) => unreachable!("float weights have no codes"),
         }
         values.iter_mut().for_each(|value| {
-            *value = match self.values {
-                Values::Offset(_) if self.codes == Codes::Fields(8) => *value as i8 as i32,
-                Values::Offset(offset) => *value + offset as i32,
-                Values::Iq4Nl => IQ4_NL_VALUES[*value as usize] as i32,
-                Values::Mxfp4 => MXFP4_VALUES[*value as usize] as i32,
+            *value = match (self.values, self.values.table()) {
+                (_, Some(table)) => table[*value as usize] as i32,
+                _ if self.codes == Codes::Fields(8) => *value as i8 as i32,
+                (Values::Offset(offset), _) => *value + offset as i32,
+                _ => unreachable!("no table for {:?}", self.values),
             }
         });
         scales::get(self, subs, scales, row, tensor)
@@ -322,7 +361,9 @@ impl PackedMatrix {
                     ScaleKind::Sub4Min | ScaleKind::Sub6Min => {
                         (scales.d * scales.sub_scales[j] as f32, -(scales.min * scales.sub_mins[j] as f32))
                     }
-                    ScaleKind::Sub6 | ScaleKind::Sub8 => (scales.d * scales.sub_scales[j] as f32, 0.0),
+                    ScaleKind::Sub6 | ScaleKind::Sub6Of32 | ScaleKind::Sub8 => {
+                        (scales.d * scales.sub_scales[j] as f32, 0.0)
+                    }
                     _ => (scales.d, scales.min),
                 };
                 let has_min = matches!(form.scale, ScaleKind::Sub4Min | ScaleKind::Sub6Min | ScaleKind::F16Min);

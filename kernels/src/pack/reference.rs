@@ -1,9 +1,10 @@
 //! Packing as the formats and layouts are defined, a code and a bit at a time: what the packing that is used must agree with
 //! to the byte.
 
+use super::codebooks::{self, even_signs};
 use super::fields::{parts, place, UNIT, WORD};
 use super::planes::TILE;
-use super::source::{scale_6, scale_min_6, tq1_trit, Block};
+use super::source::{iq1_m_scale, iq1_m_sub_scale, iq4_scale, scale_6, scale_min_6, signs_at, tq1_trit, Block};
 use super::trits::encode;
 use super::*;
 
@@ -117,9 +118,78 @@ fn read(ty: SourceType, block: &[u8]) -> Block {
             }
             (b.scale, b.min) = (half(0), half(2));
         }
+        IQ2_XXS | IQ3_XXS => {
+            for k in 0..256 {
+                let signs = word(signs_at(ty, k / 32));
+                b.codes[k] = if ty == IQ2_XXS {
+                    digit(codebooks::IQ2_XXS[block[2 + k / 32 * 8 + k / 8 % 4] as usize], k % 8)
+                } else {
+                    digit(codebooks::IQ3_XXS[block[2 + k / 4] as usize] as u64, k % 4)
+                };
+                let negative = even_signs(signs >> (7 * (k / 8 % 4))) >> (k % 8) & 1;
+                b.codes[k] |= negative << if ty == IQ2_XXS { 2 } else { 3 };
+                b.sub_scales[k / 32] = 33 + 2 * (signs >> 28) as u8;
+            }
+            b.scale = half(0);
+        }
+        IQ2_XS => {
+            for k in 0..256 {
+                let word = half(2 + k / 8 * 2);
+                let negative = even_signs(word as u32 >> 9) >> (k % 8) & 1;
+                b.codes[k] = digit(codebooks::IQ2_XS[(word & 511) as usize], k % 8) | negative << 2;
+                b.sub_scales[k / 16] = 33 + 2 * (block[66 + k / 32] >> (4 * (k / 16 % 2)) & 15);
+            }
+            b.scale = half(0);
+        }
+        IQ2_S => {
+            for k in 0..256 {
+                let entry = block[2 + k / 8] as usize | (block[66 + k / 32] as usize >> (k / 8 % 4 * 2) & 3) << 8;
+                b.codes[k] = digit(codebooks::IQ2_S[entry], k % 8) | (block[34 + k / 8] >> (k % 8) & 1) << 2;
+                b.sub_scales[k / 16] = 33 + 2 * (block[74 + k / 32] >> (4 * (k / 16 % 2)) & 15);
+            }
+            b.scale = half(0);
+        }
+        IQ3_S => {
+            for k in 0..256 {
+                let entry = block[2 + k / 4] as usize | (block[66 + k / 32] as usize >> (k / 4 % 8) & 1) << 8;
+                b.codes[k] = digit(codebooks::IQ3_S[entry] as u64, k % 4) | (block[74 + k / 8] >> (k % 8) & 1) << 3;
+                b.sub_scales[k / 32] = 33 + 2 * (block[106 + k / 64] >> (4 * (k / 32 % 2)) & 15);
+            }
+            b.scale = half(0);
+        }
+        IQ1_S => {
+            for k in 0..256 {
+                let word = half(34 + k / 32 * 2);
+                let entry = block[2 + k / 8] as usize | (word as usize >> (k / 8 % 4 * 3) & 7) << 8;
+                b.codes[k] = digit(codebooks::IQ1[entry], k % 8) | ((word >> 15) as u8) << 2;
+                b.sub_scales[k / 32] = 33 + 2 * (word >> 12 & 7) as u8;
+            }
+            b.scale = half(0);
+        }
+        IQ1_M => {
+            for k in 0..256 {
+                let high = block[32 + k / 16] >> (k / 8 % 2 * 4);
+                let entry = block[k / 8] as usize | (high as usize & 7) << 8;
+                b.codes[k] = digit(codebooks::IQ1[entry], k % 8) | (high >> 3 & 1) << 2;
+                b.sub_scales[k / 16] = 33 + 2 * iq1_m_sub_scale(block, k / 16);
+            }
+            b.scale = iq1_m_scale(block);
+        }
+        IQ4_XS => {
+            for k in 0..256 {
+                b.codes[k] = block[8 + k / 32 * 16 + k % 16] >> (k / 16 % 2 * 4) & 15;
+                b.sub_scales[k / 32] = iq4_scale(block, k / 32);
+            }
+            b.scale = half(0);
+        }
         F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
     }
     b
+}
+
+/// A digit of a codebook's entry.
+fn digit(entry: u64, k: usize) -> u8 {
+    (entry >> (8 * k)) as u8
 }
 
 fn put_fields(group: &mut [u8], n: u8, row: usize, codes: &[u8]) {

@@ -7,6 +7,7 @@
 //!   low nibbles and quad 1 in its high ones.
 //! - `Sub6`: words 0 and 1 the low four bits of quads 2t (low nibbles) and 2t + 1 (high ones); word 2 the upper two bits of quad
 //!   t at bit 2t.
+//! - `Sub6Of32`: word 0 the low four bits of quads 0 and 1, word 1 the upper two bits, likewise.
 //! - `Sub8`: word t has the bytes of quad t.
 
 use super::source::Block;
@@ -22,7 +23,7 @@ impl ScaleKind {
     pub(crate) fn sub(self, group: usize) -> usize {
         match self {
             ScaleKind::Sub4Min | ScaleKind::Sub6 | ScaleKind::Sub8 => 16,
-            ScaleKind::Sub6Min => 32,
+            ScaleKind::Sub6Min | ScaleKind::Sub6Of32 => 32,
             _ => group,
         }
     }
@@ -32,6 +33,7 @@ impl ScaleKind {
         match self {
             ScaleKind::Sub4Min | ScaleKind::Sub8 => 4,
             ScaleKind::Sub6 | ScaleKind::Sub6Min => 3,
+            ScaleKind::Sub6Of32 => 2,
             _ => 0,
         }
     }
@@ -39,7 +41,7 @@ impl ScaleKind {
     /// What is stored of a sub-scale is this more than its value.
     pub(crate) fn bias(self) -> i32 {
         match self {
-            ScaleKind::Sub6 => 32,
+            ScaleKind::Sub6 | ScaleKind::Sub6Of32 => 32,
             ScaleKind::Sub8 => 128,
             _ => 0,
         }
@@ -66,6 +68,7 @@ impl ScaleKind {
 
 /// What turns a row's codes of a group into weights.
 pub(crate) struct RowScales {
+    /// Times the values' unit.
     pub d: f32,
     /// m or dmin; 0 if the kind has none.
     pub min: f32,
@@ -94,6 +97,10 @@ pub(super) fn put(form: PackedForm, subs: &mut [u8], scales: &mut [u8], row: usi
             ScaleKind::Sub6 => {
                 subs[byte(rows, row, t / 2, i)] |= (s & 15) << (4 * (t % 2));
                 subs[byte(rows, row, 2, i)] |= s >> 4 << (2 * t);
+            }
+            ScaleKind::Sub6Of32 => {
+                subs[byte(rows, row, 0, i)] |= (s & 15) << (4 * t);
+                subs[byte(rows, row, 1, i)] |= s >> 4 << (2 * t);
             }
             ScaleKind::Sub8 => subs[byte(rows, row, t, i)] = s,
             _ => {}
@@ -125,6 +132,7 @@ pub(super) fn get(form: PackedForm, subs: &[u8], scales: &[u8], row: usize, tens
                 (at(t) & 15 | (high & 3) << 4, at(t) >> 4 | (high >> 2 & 3) << 4)
             }
             ScaleKind::Sub6 => (at(t / 2) >> (4 * (t % 2)) & 15 | (at(2) >> (2 * t) & 3) << 4, 0),
+            ScaleKind::Sub6Of32 => (at(0) >> (4 * t) & 15 | (at(1) >> (2 * t) & 3) << 4, 0),
             ScaleKind::Sub8 => (at(t), 0),
             _ => (1, 0),
         };
@@ -135,7 +143,7 @@ pub(super) fn get(form: PackedForm, subs: &[u8], scales: &[u8], row: usize, tens
         ScaleKind::None | ScaleKind::Tensor => {}
         ScaleKind::E8M0 => r.d = e8m0_half(scales[row]),
         _ => {
-            r.d = half(2 * row);
+            r.d = half(2 * row) * form.values.unit();
             if kind.has_min() {
                 r.min = half(2 * (rows + row));
             }

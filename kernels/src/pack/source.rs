@@ -1,6 +1,6 @@
 //! Block types of model files, as they are stored: ggml's, bitnet.cpp's I2_S and Lutra's own.
 
-use super::{FloatKind, MAX_GROUP, MAX_SUBS};
+use super::{codebooks, FloatKind, MAX_GROUP, MAX_SUBS};
 use crate::error::{Error, Result};
 use crate::ops::{bf16_to_f32, f16_to_f32};
 
@@ -31,8 +31,30 @@ pub enum SourceType {
     Q5_K = 13,
     /// 256 weights in 16 subs (d·s)·(q − 32), q of 6 bits: 128 bytes of low nibbles, 64 of high bits, 16 signed s, d.
     Q6_K = 14,
+    /// 256 weights in 8 subs (d·(2s + 1)/8)·v, v ±8, ±25 or ±43: d, then for each sub four bytes, each the entry of a codebook
+    /// (8 weights), and a word of 4·7 bits of signs and 4 bits of s.
+    IQ2_XXS = 16,
+    /// The same in 16 subs: d, 32 words of a 9-bit entry and 7 bits of signs, 8 bytes of s.
+    IQ2_XS = 17,
+    /// 256 weights in 8 subs (d·(2s + 1)/4)·v, v ±4 … ±62: d, 64 bytes, each an entry (4 weights), then for each sub a word of
+    /// signs and s as in IQ2_XXS.
+    IQ3_XXS = 18,
+    /// 256 weights in 8 subs (d·(2s + 1))·(t + δ), t a trit, δ ±1/8 for a sub: d, 32 bytes of entries (8 weights), for each sub
+    /// a word of 4·3 upper bits of entries, 3 bits of s and the sign of δ.
+    IQ1_S = 19,
     /// 32 weights d·table(q): as Q4_0 with a table of 16 values.
     IQ4_NL = 20,
+    /// 256 weights in 8 subs (d·(2s + 1))·v, v ±1, ±3 … ±15: d, 64 bytes of entries (4 weights), 8 of their ninth bits, 32 of
+    /// signs, 4 of s.
+    IQ3_S = 21,
+    /// As IQ2_XS: d, 32 bytes of entries, 32 of signs, 8 of the entries' upper two bits, 8 of s.
+    IQ2_S = 22,
+    /// 256 weights in 8 subs (d·(s − 32))·table(q) with IQ4_NL's table: d, 2 bytes of the upper two bits of s, 4 of the lower
+    /// four, 128 of q.
+    IQ4_XS = 23,
+    /// 256 weights in 16 subs (d·(2s + 1))·(t + δ), δ ±1/8 for 8 weights: 32 bytes of entries, 16 of their upper three bits and
+    /// the sign of δ, four words of four s of 3 bits and, above them, four bits of d.
+    IQ1_M = 29,
     BF16 = 30,
     /// 256 weights d·(t − 1): 48 bytes of five trits, 4 bytes of four trits, d.
     TQ1_0 = 34,
@@ -61,8 +83,17 @@ pub(crate) fn e8m0_half(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e as u32 - 1) << 23 })
 }
 
+/// Of IQ1's codes, eight times the values: trits and, from 4 on, those with δ below zero.
+pub(crate) const IQ1_VALUES: [i8; 16] = [-7, 1, 9, 0, -9, -1, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// Of IQ2's codes: a codebook's digits, and from 4 on the negative ones.
+pub(crate) const IQ2_VALUES: [i8; 16] = [8, 25, 43, 0, -8, -25, -43, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// Of IQ3_XXS's codes, half the values, from 8 on the negative ones.
+pub(crate) const IQ3_XXS_VALUES: [i8; 16] = [2, 6, 10, 14, 18, 22, 26, 31, -2, -6, -10, -14, -18, -22, -26, -31];
+/// Of IQ3_S's codes.
+pub(crate) const IQ3_S_VALUES: [i8; 16] = [1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15];
+
 impl SourceType {
-    pub const ALL: [SourceType; 21] = [
+    pub const ALL: [SourceType; 29] = [
         SourceType::F32,
         SourceType::F16,
         SourceType::Q4_0,
@@ -75,7 +106,15 @@ impl SourceType {
         SourceType::Q4_K,
         SourceType::Q5_K,
         SourceType::Q6_K,
+        SourceType::IQ2_XXS,
+        SourceType::IQ2_XS,
+        SourceType::IQ3_XXS,
+        SourceType::IQ1_S,
         SourceType::IQ4_NL,
+        SourceType::IQ3_S,
+        SourceType::IQ2_S,
+        SourceType::IQ4_XS,
+        SourceType::IQ1_M,
         SourceType::BF16,
         SourceType::TQ1_0,
         SourceType::TQ2_0,
@@ -100,6 +139,7 @@ impl SourceType {
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
             I2_S | L1 | L2 | L3 => 128,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | TQ1_0 | TQ2_0 => 256,
+            IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S | IQ4_XS => 256,
         }
     }
 
@@ -125,6 +165,14 @@ impl SourceType {
             Q4_K => 144,
             Q5_K => 176,
             Q6_K => 210,
+            IQ1_S => 50,
+            IQ1_M => 56,
+            IQ2_XXS => 66,
+            IQ2_XS => 74,
+            IQ2_S => 82,
+            IQ3_XXS => 98,
+            IQ3_S => 110,
+            IQ4_XS => 136,
         }
     }
 
@@ -178,7 +226,7 @@ pub(super) struct Block {
     pub scale: u16,
     /// Bits of m, or of dmin.
     pub min: u16,
-    /// s and m of the subs: s unsigned, with 128 added for Q6_K.
+    /// s and m of the subs: s unsigned, with 128 added for Q6_K; of the IQ types 2s + 1, with 32 added.
     pub sub_scales: [u8; MAX_SUBS],
     pub sub_mins: [u8; MAX_SUBS],
 }
@@ -196,6 +244,32 @@ pub(super) fn scale_min_6(bytes: &[u8], j: usize) -> (u8, u8) {
 pub(super) fn scale_6(bytes: &[u8], j: usize) -> u8 {
     let low = if j < 8 { bytes[j] & 15 } else { bytes[j - 8] >> 4 };
     low | (bytes[8 + j % 4] >> (2 * (j / 4)) & 3) << 4
+}
+
+/// 6-bit scale of sub j of an IQ4_XS block.
+pub(super) fn iq4_scale(block: &[u8], j: usize) -> u8 {
+    let high = u16::from_le_bytes([block[2], block[3]]) >> (2 * j) & 3;
+    block[4 + j / 2] >> (4 * (j % 2)) & 15 | (high as u8) << 4
+}
+
+/// Where the signs and the scale of sub j of IQ2_XXS and IQ3_XXS are: the word's place.
+pub(super) fn signs_at(ty: SourceType, j: usize) -> usize {
+    if ty == SourceType::IQ2_XXS {
+        6 + 8 * j
+    } else {
+        66 + 4 * j
+    }
+}
+
+/// Bits of d of an IQ1_M block: the upper four bits of four words, first the lowest.
+pub(super) fn iq1_m_scale(block: &[u8]) -> u16 {
+    (0..4).fold(0, |d, i| d | (block[49 + 2 * i] as u16 >> 4) << (4 * i))
+}
+
+/// s of sub j of an IQ1_M block.
+pub(super) fn iq1_m_sub_scale(block: &[u8], j: usize) -> u8 {
+    let word = u16::from_le_bytes([block[48 + j / 4 * 2], block[49 + j / 4 * 2]]);
+    (word >> (3 * (j % 4)) & 7) as u8
 }
 
 impl Block {
@@ -324,7 +398,98 @@ impl Block {
                 }
                 (self.scale, self.min) = (half(0), half(2));
             }
+            IQ2_XXS | IQ3_XXS => {
+                for j in 0..8 {
+                    let at = signs_at(ty, j);
+                    let word = half(at) as u32 | (half(at + 2) as u32) << 16;
+                    for l in 0..4 {
+                        let signs = codebooks::even_signs(word >> (7 * l));
+                        if ty == IQ2_XXS {
+                            self.put_eight(4 * j + l, codebooks::IQ2_XXS[block[2 + 8 * j + l] as usize], signs, 2);
+                        } else {
+                            let entry = |i: usize| codebooks::IQ3_XXS[block[2 + 8 * j + 2 * l + i] as usize];
+                            self.put_eight(4 * j + l, join(entry(0), entry(1)), signs, 3);
+                        }
+                    }
+                    self.sub_scales[j] = odd((word >> 28) as u8);
+                }
+                self.scale = half(0);
+            }
+            IQ2_XS => {
+                for i in 0..32 {
+                    let word = half(2 + 2 * i);
+                    let signs = codebooks::even_signs(word as u32 >> 9);
+                    self.put_eight(i, codebooks::IQ2_XS[(word & 511) as usize], signs, 2);
+                }
+                self.odd_scales(&block[66..74]);
+                self.scale = half(0);
+            }
+            IQ2_S => {
+                for i in 0..32 {
+                    let high = block[66 + i / 4] >> (2 * (i % 4)) & 3;
+                    let entry = block[2 + i] as usize | (high as usize) << 8;
+                    self.put_eight(i, codebooks::IQ2_S[entry], block[34 + i], 2);
+                }
+                self.odd_scales(&block[74..82]);
+                self.scale = half(0);
+            }
+            IQ3_S => {
+                for i in 0..32 {
+                    let high = (block[66 + i / 4] >> (2 * (i % 4))) as usize;
+                    let low = codebooks::IQ3_S[block[2 + 2 * i] as usize | (high & 1) << 8];
+                    let up = codebooks::IQ3_S[block[3 + 2 * i] as usize | (high & 2) << 7];
+                    self.put_eight(i, join(low, up), block[74 + i], 3);
+                }
+                self.odd_scales(&block[106..110]);
+                self.scale = half(0);
+            }
+            IQ4_XS => {
+                for (codes, bytes) in self.codes.chunks_exact_mut(32).zip(block[8..136].chunks_exact(16)) {
+                    shifted::<0, 15>(&mut codes[..16], bytes);
+                    shifted::<4, 15>(&mut codes[16..], bytes);
+                }
+                for j in 0..8 {
+                    self.sub_scales[j] = iq4_scale(block, j);
+                }
+                self.scale = half(0);
+            }
+            IQ1_S => {
+                for j in 0..8 {
+                    let word = half(34 + 2 * j);
+                    let signs = if word & 0x8000 != 0 { 0xff } else { 0 };
+                    for l in 0..4 {
+                        let entry = block[2 + 4 * j + l] as usize | (word as usize >> (3 * l) & 7) << 8;
+                        self.put_eight(4 * j + l, codebooks::IQ1[entry], signs, 2);
+                    }
+                    self.sub_scales[j] = odd((word >> 12 & 7) as u8);
+                }
+                self.scale = half(0);
+            }
+            IQ1_M => {
+                for i in 0..32 {
+                    let high = block[32 + i / 2] >> (4 * (i % 2));
+                    let signs = if high & 8 != 0 { 0xff } else { 0 };
+                    self.put_eight(i, codebooks::IQ1[block[i] as usize | (high as usize & 7) << 8], signs, 2);
+                }
+                for j in 0..16 {
+                    self.sub_scales[j] = odd(iq1_m_sub_scale(block, j));
+                }
+                self.scale = iq1_m_scale(block);
+            }
             F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
+        }
+    }
+
+    /// Codes 8·i … 8·i + 7: digits of a codebook, and their signs as the bit `sign`.
+    fn put_eight(&mut self, i: usize, digits: u64, signs: u8, sign: u32) {
+        let codes = digits | codebooks::BITS[signs as usize] << sign;
+        self.codes[8 * i..8 * i + 8].copy_from_slice(&codes.to_le_bytes());
+    }
+
+    /// Scales 2s + 1 from nibbles.
+    fn odd_scales(&mut self, bytes: &[u8]) {
+        for (scales, &byte) in self.sub_scales.chunks_exact_mut(2).zip(bytes) {
+            (scales[0], scales[1]) = (odd(byte & 15), odd(byte >> 4));
         }
     }
 
@@ -351,6 +516,15 @@ impl Block {
             }
         }
     }
+}
+
+/// 2s + 1 as it is stored.
+fn odd(s: u8) -> u8 {
+    32 + (2 * s + 1)
+}
+
+fn join(low: u32, high: u32) -> u64 {
+    low as u64 | (high as u64) << 32
 }
 
 /// As many codes as there is room for: `byte >> SHIFT & MASK`.
@@ -512,6 +686,75 @@ pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
                     y[j + 16] = d * MXFP4_VALUES[(b[1 + j] >> 4) as usize] as f32;
                 }
             }
+            IQ2_XXS | IQ3_XXS => {
+                let d = half(b);
+                for (j, y) in y.chunks_exact_mut(32).enumerate() {
+                    let word = u32::from_le_bytes(b[signs_at(ty, j)..][..4].try_into().expect("4 bytes"));
+                    let last = if ty == IQ2_XXS { 0.25 } else { 0.5 };
+                    let dl = d * (0.5 + (word >> 28) as f32) * last;
+                    for (k, y) in y.iter_mut().enumerate() {
+                        let magnitude = if ty == IQ2_XXS {
+                            digit(codebooks::IQ2_XXS[b[2 + 8 * j + k / 8] as usize], k % 8, &[8.0, 25.0, 43.0])
+                        } else {
+                            let entry = codebooks::IQ3_XXS[b[2 + 8 * j + k / 4] as usize] as u64;
+                            digit(entry, k % 4, &[4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0])
+                        };
+                        *y = dl * magnitude * sign(codebooks::even_signs(word >> (7 * (k / 8))), k % 8);
+                    }
+                }
+            }
+            IQ2_XS | IQ2_S => {
+                let (d, scales) = (half(b), if ty == IQ2_XS { &b[66..74] } else { &b[74..82] });
+                for (i, y) in y.chunks_exact_mut(8).enumerate() {
+                    let dl = d * (0.5 + (scales[i / 4] >> (4 * (i / 2 % 2)) & 15) as f32) * 0.25;
+                    let (entry, signs) = if ty == IQ2_XS {
+                        let word = u16::from_le_bytes([b[2 + 2 * i], b[3 + 2 * i]]);
+                        (codebooks::IQ2_XS[(word & 511) as usize], codebooks::even_signs(word as u32 >> 9))
+                    } else {
+                        let high = (b[66 + i / 4] >> (2 * (i % 4)) & 3) as usize;
+                        (codebooks::IQ2_S[b[2 + i] as usize | high << 8], b[34 + i])
+                    };
+                    for (k, y) in y.iter_mut().enumerate() {
+                        *y = dl * digit(entry, k, &[8.0, 25.0, 43.0]) * sign(signs, k);
+                    }
+                }
+            }
+            IQ3_S => {
+                let d = half(b);
+                for (k, y) in y.iter_mut().enumerate() {
+                    let dl = d * (1 + 2 * (b[106 + k / 64] >> (4 * (k / 32 % 2)) & 15)) as f32;
+                    let high = (b[66 + k / 32] >> (k / 4 % 8) & 1) as usize;
+                    let entry = codebooks::IQ3_S[b[2 + k / 4] as usize | high << 8] as u64;
+                    let magnitude = digit(entry, k % 4, &[1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0]);
+                    *y = dl * magnitude * sign(b[74 + k / 8], k % 8);
+                }
+            }
+            IQ4_XS => {
+                let d = half(b);
+                for (j, (y, q)) in y.chunks_exact_mut(32).zip(b[8..].chunks_exact(16)).enumerate() {
+                    let dl = d * (iq4_scale(b, j) as i32 - 32) as f32;
+                    for (k, q) in q.iter().enumerate() {
+                        y[k] = dl * IQ4_NL_VALUES[(q & 15) as usize] as f32;
+                        y[k + 16] = dl * IQ4_NL_VALUES[(q >> 4) as usize] as f32;
+                    }
+                }
+            }
+            IQ1_S | IQ1_M => {
+                let d = if ty == IQ1_S { half(b) } else { f16_to_f32(iq1_m_scale(b)) };
+                for (i, y) in y.chunks_exact_mut(8).enumerate() {
+                    let (low, high, negative, s) = if ty == IQ1_S {
+                        let word = u16::from_le_bytes([b[34 + i / 4 * 2], b[35 + i / 4 * 2]]) as usize;
+                        (b[2 + i], word >> (3 * (i % 4)) & 7, word & 0x8000 != 0, (word >> 12 & 7) as u8)
+                    } else {
+                        let high = (b[32 + i / 2] >> (4 * (i % 2))) as usize;
+                        (b[i], high & 7, high & 8 != 0, iq1_m_sub_scale(b, i / 2))
+                    };
+                    let (dl, delta) = (d * (2 * s + 1) as f32, if negative { -0.125 } else { 0.125 });
+                    for (k, y) in y.iter_mut().enumerate() {
+                        *y = dl * (digit(codebooks::IQ1[low as usize | high << 8], k, &[-1.0, 0.0, 1.0]) + delta);
+                    }
+                }
+            }
             TQ1_0 => {
                 let d = half(&b[52..]);
                 let mut at = 0;
@@ -555,4 +798,17 @@ pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What digit k of a codebook's entry is worth.
+fn digit(entry: u64, k: usize, values: &[f32]) -> f32 {
+    values[(entry >> (8 * k) & 255) as usize]
+}
+
+fn sign(signs: u8, k: usize) -> f32 {
+    if signs >> k & 1 != 0 {
+        -1.0
+    } else {
+        1.0
+    }
 }

@@ -62,17 +62,40 @@ pub fn assert_same(a: &[f32], b: &[f32], what: &str) {
 }
 
 /// Where a block's f16 scale d is, and its m or dmin if it has one; `None` for types with other scales or none.
-pub fn scale_at(ty: SourceType) -> Option<(usize, Option<usize>)> {
+fn scale_at(ty: SourceType) -> Option<(usize, Option<usize>)> {
     use SourceType::*;
     match ty {
-        F32 | F16 | BF16 | MXFP4 | I2_S => None,
-        Q4_0 | Q5_0 | Q8_0 | IQ4_NL => Some((0, None)),
+        F32 | F16 | BF16 | MXFP4 | I2_S | IQ1_M => None,
+        Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ4_XS | IQ1_S | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => Some((0, None)),
         Q4_1 | Q5_1 | Q4_K | Q5_K | L1 | L2 | L3 => Some((0, Some(2))),
         Q2_K => Some((80, Some(82))),
         Q3_K => Some((108, None)),
         Q6_K => Some((208, None)),
         TQ1_0 => Some((52, None)),
         TQ2_0 => Some((64, None)),
+    }
+}
+
+/// A block's d and, if it has one, its m or dmin, as bits of half floats.
+pub fn scales(ty: SourceType, block: &[u8]) -> Option<(u16, Option<u16>)> {
+    let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+    if ty == SourceType::IQ1_M {
+        return Some(((0..4).fold(0, |d, i| d | (half(48 + 2 * i) >> 12) << (4 * i)), None));
+    }
+    scale_at(ty).map(|(d, min)| (half(d), min.map(half)))
+}
+
+/// Gives a block another d and m, if it has them.
+pub fn set_scales(ty: SourceType, block: &mut [u8], d: u16, m: u16) {
+    if ty == SourceType::IQ1_M {
+        for i in 0..4 {
+            block[49 + 2 * i] = block[49 + 2 * i] & 15 | ((d >> (4 * i)) as u8) << 4;
+        }
+    } else if let Some((at, min)) = scale_at(ty) {
+        block[at..at + 2].copy_from_slice(&d.to_le_bytes());
+        if let Some(at) = min {
+            block[at..at + 2].copy_from_slice(&m.to_le_bytes());
+        }
     }
 }
 
@@ -103,14 +126,13 @@ pub fn source(ty: SourceType, count: usize, weights: Weights, random: &mut Rando
     }
     let fill = matches!(weights, Weights::Fill(_));
     // 2^-7 and below, either sign.
-    let small = |random: &mut Random| ((random.word() & 0x83ff) as u16 | 0x2000).to_le_bytes();
+    let small = |random: &mut Random| (random.word() & 0x83ff) as u16 | 0x2000;
     for block in bytes.chunks_exact_mut(ty.block_bytes()) {
-        match (ty, scale_at(ty)) {
-            (_, Some((at, min))) => {
-                block[at..at + 2].copy_from_slice(&if fill { 0x3c00u16.to_le_bytes() } else { small(random) });
-                if let Some(at) = min {
-                    block[at..at + 2].copy_from_slice(&if fill { [0, 0] } else { small(random) });
-                }
+        match (ty, scales(ty, block)) {
+            (_, Some(_)) if fill => set_scales(ty, block, 0x3c00, 0),
+            (_, Some(_)) => {
+                let d = small(random);
+                set_scales(ty, block, d, small(random));
             }
             (SourceType::MXFP4, _) => block[0] = if fill { 128 } else { 118 + random.below(6) as u8 },
             (SourceType::F32, _) if !fill => block.copy_from_slice(&random.float().to_le_bytes()),

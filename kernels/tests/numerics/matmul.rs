@@ -1,6 +1,6 @@
 //! Products: every instruction set gives portable's bits, and portable gives the specified ones.
 
-use crate::{assert_same, is_float, scale_at, source, stride, Random, Weights};
+use crate::{assert_same, is_float, scales, set_scales, source, stride, Random, Weights};
 use lutra_kernels::ops::Activation;
 use lutra_kernels::{
     available, dequantize, matmul, matmul_all, matmul_by, matmul_gated, ops, pack, pack_as, select, Activations,
@@ -39,34 +39,36 @@ fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) ->
         }
         return y;
     }
-    // What the codes (times their sub-scales) are worth with d = 1 and m = 0, and the minima with d = 0 and m = 1.
-    let half = |bytes: &[u8]| {
+    // What the codes (times their sub-scales) are worth with d = 1 and m = 0, and the minima with d = 0 and m = 1. Values of some
+    // types are fractions: their codes are those of a larger d, a power of two.
+    let half = |bits: u16| {
         let mut value = [0f32];
-        dequantize(SourceType::F16, bytes, &mut value).unwrap();
+        dequantize(SourceType::F16, &bits.to_le_bytes(), &mut value).unwrap();
         value[0]
     };
-    let (zero, one) = (0u16.to_le_bytes(), 0x3c00u16.to_le_bytes());
+    let one = match ty {
+        SourceType::IQ1_S | SourceType::IQ1_M => 0x4800,
+        SourceType::IQ2_XXS | SourceType::IQ2_XS | SourceType::IQ2_S => 0x4800,
+        SourceType::IQ3_XXS => 0x4000,
+        _ => 0x3c00,
+    };
     let (mut unit, mut minima) = (src.to_vec(), src.to_vec());
-    let (mut scales, mut mins) = (vec![], vec![]);
+    let (mut ds, mut mins) = (vec![], vec![]);
     let blocks = unit.chunks_exact_mut(ty.block_bytes()).zip(minima.chunks_exact_mut(ty.block_bytes()));
     for (unit, minima) in blocks.take(rows * cols / block) {
         if ty == SourceType::MXFP4 {
-            scales.push(2f64.powi(unit[0] as i32 - 128) as f32);
+            ds.push(2f64.powi(unit[0] as i32 - 128) as f32);
             unit[0] = 128;
         }
-        let Some((at, min)) = scale_at(ty) else { continue };
-        scales.push(half(&unit[at..at + 2]));
-        unit[at..at + 2].copy_from_slice(&one);
-        minima[at..at + 2].copy_from_slice(&zero);
-        if let Some(at) = min {
-            mins.push(half(&unit[at..at + 2]));
-            unit[at..at + 2].copy_from_slice(&zero);
-            minima[at..at + 2].copy_from_slice(&one);
-        }
+        let Some((d, min)) = scales(ty, unit) else { continue };
+        ds.push(half(d) / half(one));
+        mins.extend(min.map(half));
+        set_scales(ty, unit, one, 0);
+        set_scales(ty, minima, 0, 0x3c00);
     }
     if ty == SourceType::I2_S {
         let at = unit.len() - 32;
-        scales = vec![f32::from_le_bytes(unit[at..at + 4].try_into().unwrap()); rows * cols / block];
+        ds = vec![f32::from_le_bytes(unit[at..at + 4].try_into().unwrap()); rows * cols / block];
         unit[at..at + 4].copy_from_slice(&1f32.to_le_bytes());
     }
     let mut codes = vec![0f32; rows * cols];
@@ -95,7 +97,7 @@ fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) ->
             for (g, (d, q)) in quantized.iter().enumerate() {
                 let codes = &codes[row * cols + g * block..][..block];
                 let sum: i32 = codes.iter().zip(q).map(|(&w, &a)| w as i32 * a).sum();
-                acc = (scales[row * cols / block + g] * d).mul_add(sum as f32, acc);
+                acc = (ds[row * cols / block + g] * d).mul_add(sum as f32, acc);
                 if !mins.is_empty() {
                     let codes = &min_codes[row * cols + g * block..][..block];
                     let sum: i32 = codes.iter().zip(q).map(|(&w, &a)| w as i32 * a).sum();
@@ -282,6 +284,17 @@ fn extreme_sums_are_exact() {
         (SourceType::Q6_K, 0x00, 0.0),
         (SourceType::IQ4_NL, 0x00, -127.0),
         (SourceType::IQ4_NL, 0xff, 113.0),
+        (SourceType::IQ4_XS, 0x00, -32.0 * -127.0),
+        (SourceType::IQ4_XS, 0xff, 31.0 * 113.0),
+        (SourceType::IQ3_XXS, 0x00, 0.25 * 4.0),
+        (SourceType::IQ3_S, 0x00, 1.0),
+        (SourceType::IQ2_XXS, 0x00, 1.0),
+        (SourceType::IQ2_XS, 0xff, 31.0 / 8.0 * -43.0),
+        (SourceType::IQ2_S, 0xff, 31.0 / 8.0 * -43.0),
+        (SourceType::IQ1_S, 0x00, -1.0 + 0.125),
+        (SourceType::IQ1_S, 0xff, 15.0 * (1.0 - 0.125)),
+        (SourceType::IQ1_M, 0x00, -1.0 + 0.125),
+        (SourceType::IQ1_M, 0xff, 15.0 * (1.0 - 0.125)),
         (SourceType::MXFP4, 0x77, 12.0),
         (SourceType::MXFP4, 0xff, -12.0),
         (SourceType::I2_S, 0xff, 2.0),
