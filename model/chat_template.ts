@@ -51,6 +51,10 @@ const MAX_STEPS = 1 << 22;
 const STEP_CHARACTERS = 64;
 /** Most elements of a template's `range()`. */
 const MAX_RANGE = 1 << 16;
+/** Longest white space in a template: the package's patterns take time in proportion to its square. */
+const MAX_BLANKS = 1 << 11;
+/** Widest indentation that filters write. */
+const MAX_INDENT = 1 << 8;
 /** Used for models that bring no template: plain, so that base models can go on with it. */
 const FALLBACK =
   "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}";
@@ -106,7 +110,7 @@ class BoundedInterpreter extends Interpreter {
     if (node === undefined) return node;
     const of = node as unknown as Record<string, unknown> & {
       operator?: { value: string };
-      filter?: { value?: string; callee?: { value?: string } };
+      filter?: { value?: string; callee?: { value?: string }; args?: (Node & { value?: Node })[] };
     };
     const evaluated = (key: string) => this.evaluate(of[key] as Node, environment);
     const replaced = (changes: Record<string, Value>) =>
@@ -128,9 +132,16 @@ class BoundedInterpreter extends Interpreter {
       const texts = [evaluated("left"), evaluated("right")].map((side) => this.#text(side));
       return new Evaluated(runtimeValue(texts.join(""))) as unknown as Node;
     }
+    if (node.type === "BinaryExpression" && (of.operator?.value === "in" || of.operator?.value === "not in")) {
+      const right = evaluated("right");
+      if (Array.isArray(right.value)) this.#spend(right.value.length / 8); // compared one by one
+      return replaced({ right });
+    }
     if (node.type === "MemberExpression") {
       const object = evaluated("object");
       const property = of.property as Node & { value?: unknown };
+      // A slice of a text is made by way of a list of its characters.
+      if (property.type === "SliceExpression" && typeof object.value === "string") this.#spend(object.value.length);
       if (object.type === "ObjectValue" && of.computed === true && property.type !== "SliceExpression") {
         const key = evaluated("property");
         // A key that is undefined has no value.
@@ -164,6 +175,15 @@ class BoundedInterpreter extends Interpreter {
       }
       if (filter === "string" || (filter === "trim" && operand.type === "UndefinedValue")) {
         operand = runtimeValue(this.#text(operand));
+      }
+      if (filter === "indent" || filter === "tojson") {
+        for (const argument of of.filter?.args ?? []) {
+          const named = argument.type === "KeywordArgumentExpression";
+          const width: unknown = this.evaluate(named ? argument.value : argument, environment).value;
+          if (Number(width) > MAX_INDENT) {
+            throw new ChatTemplateError(`it indents by ${width} characters; ${MAX_INDENT} may be`);
+          }
+        }
       }
       if (!SHALLOW.has(filter)) this.#spend(this.#weigh(operand) / STEP_CHARACTERS);
       return replaced({ operand });
@@ -279,6 +299,11 @@ export class ChatTemplate {
         `the chat template has ${source!.length} characters; ${MAX_TEMPLATE_CHARACTERS} may be`,
       );
     }
+    let blanks = 0;
+    for (const [run] of (source ?? "").matchAll(/\s+/g)) blanks = Math.max(blanks, run.length);
+    if (blanks > MAX_BLANKS) {
+      throw new ChatTemplateError(`the chat template has ${blanks} blanks in a row; ${MAX_BLANKS} may be`);
+    }
     this.#tokens = { bos_token: tokens.bos ?? "", eos_token: tokens.eos ?? "" };
     try {
       this.#template = new Template(source ?? FALLBACK);
@@ -359,10 +384,13 @@ function withTextArguments(message: ChatMessage): ChatMessage {
   return { ...message, tool_calls };
 }
 
+const MONTHS = "January February March April May June July August September October November December".split(" ");
+const WEEKDAYS = "Sunday Monday Tuesday Wednesday Thursday Friday Saturday".split(" ");
+
 /** The fields of strftime that templates use. */
 function strftime(format: string, now: Date): string {
   const two = (n: number) => String(n).padStart(2, "0");
-  const name = (options: Intl.DateTimeFormatOptions) => now.toLocaleDateString("en-US", options);
+  const [month, weekday] = [MONTHS[now.getMonth()]!, WEEKDAYS[now.getDay()]!];
   const fields: Readonly<Record<string, string>> = {
     Y: String(now.getFullYear()),
     m: two(now.getMonth() + 1),
@@ -370,10 +398,10 @@ function strftime(format: string, now: Date): string {
     H: two(now.getHours()),
     M: two(now.getMinutes()),
     S: two(now.getSeconds()),
-    B: name({ month: "long" }),
-    b: name({ month: "short" }),
-    A: name({ weekday: "long" }),
-    a: name({ weekday: "short" }),
+    B: month,
+    b: month.slice(0, 3),
+    A: weekday,
+    a: weekday.slice(0, 3),
     "%": "%",
   };
   return format.replace(/%([YmdHMSBbAa%])/g, (_, field: string) => fields[field]!);

@@ -12,7 +12,7 @@ export interface GgmlType {
 }
 
 /** Types that only files have so far. */
-const UNSUPPORTED = new Set([9, 15, 24, 25, 26, 27, 28]);
+const UNSUPPORTED = new Set([9, 15, 24, 25, 26, 27, 28, 40, 41]);
 
 const table: [number, string, number, number, number?][] = [
   [0, "F32", 1, 4],
@@ -48,6 +48,8 @@ const table: [number, string, number, number, number?][] = [
   [35, "TQ2_0", 256, 66],
   [36, "I2_S", 128, 32, 32],
   [39, "MXFP4", 32, 17],
+  [40, "NVFP4", 64, 36],
+  [41, "Q1_0", 128, 18],
   [1001, "L1", 128, 20],
   [1002, "L2", 128, 36],
   [1003, "L3", 128, 52],

@@ -178,3 +178,33 @@ for (const type of ["Q4_0", "Q8_0"]) {
     },
   );
 }
+
+/** A trained ternary model, two other engines' logits of it, and how near independent engines come (the data's MANIFEST). */
+for (
+  const [type, oracle, tolerance] of [
+    ["f16", "numpy-f32", 2e-2],
+    ["tq1_0", "llamacpp", 6e-2],
+    ["tq2_0", "llamacpp", 6e-2],
+  ] as const
+) {
+  Deno.test({
+    name: `micro-lm-pro ${type}: logits within ${tolerance} of ${oracle}'s, the same argmax, on one shard and on two`,
+    ignore: shared.absent,
+  }, async () => {
+    const of = type === "f16" ? "micro-lm-pro" : `micro-lm-pro-${type}`;
+    const golden = readNpz(shared.path(`golden/${of}.${oracle}.npz`));
+    const ids = integers(golden, "ids");
+    const expected = floats(golden, "logits");
+    assert.equal(ids.length, 20);
+    const path = shared.path(`models/micro-lm-pro-${type}.gguf`);
+    await using one = await startCluster(path, { kvType: "f32" });
+    const logits = await one.engine.logits(ids);
+    const vocab = expected.length / ids.length;
+    const difference = maxDifference(logits, expected);
+    console.log(`${type}: largest difference ${difference.toExponential(2)}`);
+    assert.ok(difference <= tolerance, `${difference}`);
+    for (let i = 0; i < ids.length; i++) assert.equal(argmax(logits, i, vocab), argmax(expected, i, vocab), `row ${i}`);
+    await using two = await startCluster(path, { kvType: "f32", shards: 2 });
+    assert.deepEqual(await two.engine.logits(ids), logits);
+  });
+}

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { fixture } from "../tests/data.ts";
-import { loadModel } from "../model/mod.ts";
+import { GGML_TYPES, loadModel } from "../model/mod.ts";
 import { shardOf } from "../orchestrator/served_model.ts";
 import { KernelError, KernelErrorCode } from "./errors.ts";
 import { fakeShard } from "../tests/fakes/kernels.ts";
@@ -170,5 +170,16 @@ Deno.test("tune: measures once for a cache, again when told to, and refuses matr
     await assert.rejects(refused, { name: "KernelError", code: KernelErrorCode.invalidArgument });
   } finally {
     Deno.removeSync(dir, { recursive: true });
+  }
+});
+
+Deno.test("LoadedKernels.unpack: takes the types that the table says, in blocks of the size that it says", () => {
+  const kernels = loadKernels();
+  for (const { id, name, elements, bytes, trailer, supported } of GGML_TYPES.values()) {
+    const unpack = (size: number) => kernels.unpack(id, new Uint8Array(size), 1, elements);
+    if (supported) {
+      assert.equal(unpack(bytes + trailer).length, elements, name);
+      assert.throws(() => unpack(bytes + trailer + 1), KernelError, name);
+    } else assert.throws(() => unpack(bytes), { name: "KernelError", message: /is not supported/ }, name);
   }
 });
