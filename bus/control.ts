@@ -13,6 +13,7 @@
  * | `lutra.C.worker.W.stage.S` | to stage `S`, which that worker holds | WORK |
  * | `lutra.C.orchestrator` | to the orchestrator that serves | empty; answered by {@linkcode ClusterStatus} |
  * | `lutra.C.orchestrator.O.results` | to orchestrator `O` | RESULT |
+ * | `lutra.C.weights.R.…` | between all | weights of file `R` (see `weights/protocol.ts`) |
  *
  * @module
  */
@@ -23,6 +24,7 @@ import { shardSchema } from "./shard.ts";
 const u32 = z.number().int().min(0).max(0xffff_ffff);
 const count = z.number().int().positive().max(0xffff_ffff);
 const size = z.number().int().nonnegative();
+const fileBytes = z.number().int().positive();
 /** One token of a subject. */
 const name = z.string().regex(/^[A-Za-z0-9_-]{1,64}$/, "use up to 64 letters, digits, _ and -");
 const subject = z.string().max(256);
@@ -38,6 +40,8 @@ export function clusterSubjects(cluster: string): {
   stage(worker: string, stage: number): string;
   orchestrator: string;
   results(orchestrator: string): string;
+  /** What follows it, `weights/protocol.ts` says. */
+  weights(root: string): string;
 } {
   const root = `lutra.${checkName(cluster)}`;
   return {
@@ -49,6 +53,7 @@ export function clusterSubjects(cluster: string): {
     stage: (worker, stage) => `${root}.worker.${checkName(worker)}.stage.${stage}`,
     orchestrator: `${root}.orchestrator`,
     results: (orchestrator) => `${root}.orchestrator.${checkName(orchestrator)}.results`,
+    weights: (file) => `${root}.weights.${checkName(file)}`,
   };
 }
 
@@ -114,11 +119,22 @@ export const helloSchema = z.strictObject({
 /** A worker tells that it is there, or leaves. */
 export type Hello = z.infer<typeof helloSchema>;
 
+/** A model's file by its content: see `Manifest` in `weights/manifest.ts`. */
+export const weightsRefSchema = z.strictObject({
+  root: z.string().regex(/^[0-9a-f]{64}$/, "use 64 hexadecimal digits"),
+  /** Its length. */
+  bytes: fileBytes,
+});
+/** A model's file by its content. */
+export type WeightsRef = z.infer<typeof weightsRefSchema>;
+
 /** A stage that a worker is to hold. */
 export const stageSchema = z.strictObject({
   /** Its number in the pipeline, from 0. */
   stage: u32,
   shard: shardSchema,
+  /** The file that the shard's path names: a device that lacks it fetches its layers. Absent: the path must do. */
+  weights: weightsRefSchema.optional(),
   /** Where its output goes: to the next stage as WORK or, from the last one, as RESULT. */
   next: subject,
 });
