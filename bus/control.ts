@@ -73,6 +73,20 @@ export const anyHelloSchema = z.object({
   versions: z.object({ abi: u32, wire: u32, lutra: version.optional() }),
 });
 
+/** How far a worker is with its stages. */
+export const loadingSchema = z.strictObject({
+  /** Weights on its disk are checked, fetched over the bus, or packed. */
+  phase: z.enum(["checking", "fetching", "packing"]),
+  /** Of this phase, 0 to 1. */
+  share: z.number().min(0).max(1),
+  /** Bytes that this phase is about; 0 when that is not known. */
+  bytes: size,
+  /** Milliseconds that the rest of this phase will take; `null` before that is known. */
+  etaMs: z.number().nonnegative().nullable(),
+});
+/** How far a worker is with its stages. */
+export type Loading = z.infer<typeof loadingSchema>;
+
 /**
  * A worker tells that it is there, or leaves. Sent at start, on discovery, at every change, and as its heartbeat.
  */
@@ -88,8 +102,8 @@ export const helloSchema = z.strictObject({
   session: name,
   /** The newest epoch it has seen; 0 before the first. */
   epoch: u32,
-  /** While stages are being loaded: the share that is, 0 to 1. */
-  loading: z.number().min(0).max(1).optional(),
+  /** While stages are being loaded, or their weights fetched ahead: how far that is. */
+  loading: loadingSchema.optional(),
   versions: z.strictObject({ abi: u32, wire: u32, lutra: version }),
   capabilities: z.strictObject({
     isa: z.string().max(64),
@@ -148,6 +162,11 @@ export const controlRequestSchema = z.discriminatedUnion("type", [
    * freed), and messages of other epochs count for nothing. An epoch older than the newest seen is refused.
    */
   z.strictObject({ type: z.literal("load"), epoch: count, stages: z.array(stageSchema).max(256), results: subject }),
+  /**
+   * Fetch what these stages need of their weights, and go on computing meanwhile. Answered when it is there. The next load or
+   * fetch ends it.
+   */
+  z.strictObject({ type: z.literal("fetch"), stages: z.array(stageSchema).max(256) }),
   /** Close all stages of this epoch. */
   z.strictObject({ type: z.literal("unload"), epoch: count }),
   /** Cancel and free sequences in all stages; overtakes queued work. Their numbers never come back within the epoch. */
@@ -240,6 +259,8 @@ export const clusterStatusSchema = z.strictObject({
     rttMs: z.number().nonnegative().nullable(),
     /** Share of the time with micro-batches on their way in which it did nothing, of late; `null` without any. */
     bubble: z.number().min(0).max(1).nullable(),
+    /** How far it is with its stages, or with weights ahead; `null` when it loads none. */
+    loading: loadingSchema.nullable(),
   })),
 });
 /** What the orchestrator tells of the cluster. */

@@ -207,3 +207,15 @@ export const shardSchema = z.strictObject({
 });
 /** A contiguous range of a model's layers. */
 export type Shard = z.infer<typeof shardSchema>;
+
+/** All tensors that a shard is made of. */
+export function shardTensors(shard: Shard): TensorRef[] {
+  const found: TensorRef[] = [];
+  const walk = (part: unknown) => {
+    if (typeof part !== "object" || part === null) return;
+    if ("offset" in part && "bytes" in part) found.push(part as TensorRef);
+    else for (const inner of Object.values(part)) walk(inner);
+  };
+  walk(shard);
+  return found;
+}

@@ -1,8 +1,10 @@
 import { NatsBus, NatsServer } from "../bus/mod.ts";
+import type { WeightsRef } from "../bus/mod.ts";
 import { loadModel } from "../model/mod.ts";
 import { Engine } from "../orchestrator/mod.ts";
 import type { Worker } from "../worker/mod.ts";
-import { modelPath } from "./hub/reference.ts";
+import { ChunkFile, manifestOf, WeightSource } from "../weights/mod.ts";
+import { cacheFolder, modelPath } from "./hub/reference.ts";
 import { EMBEDDED, LOST_MS, natsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
 import type { LocalClusterOptions } from "./local_cluster.ts";
@@ -21,6 +23,8 @@ export interface NatsClusterOptions extends LocalClusterOptions {
   workers: number;
   /** Compute on this device too. */
   worker: boolean;
+  /** Told how much of the model's file is hashed, for workers that lack it. */
+  onHashing?: (fraction: number) => void;
 }
 
 /** The orchestrator's side of a cluster. */
@@ -34,10 +38,11 @@ export interface NatsCluster extends AsyncDisposable {
  * them: see {@linkcode Engine.ready}.
  */
 export async function openNatsCluster(path: string, options: NatsClusterOptions): Promise<NatsCluster> {
-  const { flags, address, natsHost, natsPort, workers, worker: own, threads, isa, cache, ...rest } = options;
+  const { flags, address, natsHost, natsPort, workers, worker: own, threads, isa, cache, onHashing, ...rest } = options;
   const model = await loadModel(modelPath(path));
   for (const warning of model.warnings) console.error(`warning: ${warning}`);
   const ends: (() => Promise<unknown>)[] = [];
+  let engine: Engine | undefined;
   const close = async () => {
     for (const end of ends.splice(0).reverse()) await end();
   };
@@ -58,6 +63,8 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
     }
     const bus = await NatsBus.connect({ ...natsOptions(flags, servers), name: "lutra-orchestrator", wait: true });
     ends.push(() => bus.close());
+    const source = await offerWeights(bus, flags.cluster, model.path, () => engine?.busy === true, onHashing);
+    ends.push(() => source.source.close());
     let worker: Worker | undefined;
     if (own) {
       worker = await startWorker(bus, {
@@ -65,10 +72,11 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
         ...(threads === undefined ? {} : { threads }),
         ...(isa === undefined ? {} : { isa }),
         cache: cache !== null,
+        share: false, // it is done here
       }, (error) => console.error(error.message));
       ends.push(() => worker!.close());
     }
-    const engine = await Engine.open({
+    engine = await Engine.open({
       bus,
       model,
       cluster: flags.cluster,
@@ -78,12 +86,33 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
       lostMs: LOST_MS,
       unload: false, // who serves next may want them
       log: (message) => console.error(message),
+      weights: source.ref,
       ...rest,
     });
-    ends.push(() => engine.close());
+    ends.push(() => engine!.close());
     return { engine, close, [Symbol.asyncDispose]: close };
   } catch (error) {
     await close();
     throw error;
   }
+}
+
+/** Gives workers that lack the model's file what they need of it. */
+async function offerWeights(
+  bus: NatsBus,
+  cluster: string,
+  path: string,
+  busy: () => boolean,
+  onProgress: (fraction: number) => void = () => {},
+): Promise<{ source: WeightSource; ref: WeightsRef }> {
+  const log = (message: string) => console.error(message);
+  const cache = cacheFolder();
+  const manifest = await manifestOf(path, cache, { onProgress, log });
+  const file = await ChunkFile.open(path, manifest, cache, "own");
+  file.trust();
+  const id = `orchestrator-${crypto.randomUUID().slice(0, 8)}`;
+  return {
+    source: new WeightSource({ bus, cluster, id, file, busy, log }),
+    ref: { root: manifest.root, bytes: manifest.bytes },
+  };
 }

@@ -1,6 +1,7 @@
 import type { Command } from "commander";
 import { createApp, createLoadingApp } from "../orchestrator/api/mod.ts";
 import { LoadingLine } from "./loading.ts";
+import type { WorkerLoading } from "../orchestrator/mod.ts";
 import { startLocalCluster } from "./local_cluster.ts";
 import type { LocalCluster } from "./local_cluster.ts";
 import type { NatsCluster } from "./nats_cluster.ts";
@@ -56,7 +57,8 @@ export function addServe(program: Command): void {
       { hostname: flags.host, port: flags.port, onListen: listening.resolve },
       (request) => answer(request),
     );
-    await using cluster = await load(path, flags, (fraction) => loaded = fraction).catch(async (error) => {
+    using line = new LoadingLine();
+    await using cluster = await load(path, flags, line, (fraction) => loaded = fraction).catch(async (error) => {
       await server.shutdown();
       throw error;
     });
@@ -94,19 +96,26 @@ export function addServe(program: Command): void {
 async function load(
   path: string,
   flags: ServeFlags,
+  line: LoadingLine,
   onLoading: (fraction: number) => void,
 ): Promise<LocalCluster | NatsCluster> {
-  using line = new LoadingLine();
   const options = {
     ...clusterOptions(flags),
     ...(flags.kvTokens === undefined ? {} : { kvTokens: flags.kvTokens }),
-    onLoading: (fraction: number) => {
+    onLoading: (fraction: number, workers: readonly WorkerLoading[]) => {
       onLoading(fraction);
-      line.show(fraction);
+      line.show(fraction, workers);
+    },
+    onHashing: (fraction: number) => {
+      onLoading(fraction);
+      line.tell(`hashing ${Math.floor(100 * fraction)} %`);
     },
   };
   const address = natsAddress(flags);
-  if (address === undefined) return await startLocalCluster(path, options);
+  if (address === undefined) {
+    const { onHashing: _, ...local } = options;
+    return await startLocalCluster(path, local).finally(() => line[Symbol.dispose]());
+  }
   const { natsHost, natsPort, workers, worker = true } = flags;
   return await openNatsCluster(path, {
     ...options,

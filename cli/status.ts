@@ -94,7 +94,7 @@ export function describeStatus(status: ClusterStatus): string {
       ["device", "state", "layers", "ms/step", "hop RTT", "queue", "bubbles", "ISA", "cores", "memory", "GB/s", "seen"],
       status.workers.map((worker) => [
         worker.id,
-        worker.state,
+        worker.loading === null ? worker.state : `${worker.loading.phase} ${Math.floor(100 * worker.loading.share)} %`,
         worker.layers.map(([first, end]) => `${first}–${end - 1}`).join(", ") || "–",
         worker.stepMs.map((ms) => or(ms, (value) => value.toFixed(2))).join(", ") || "–",
         or(worker.rttMs, (ms) => `${ms.toFixed(2)} ms`),

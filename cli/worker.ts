@@ -5,6 +5,8 @@ import type { Command } from "commander";
 import { NatsBus } from "../bus/mod.ts";
 import type { Bus } from "../bus/mod.ts";
 import { deviceHealth, loadKernels, Worker } from "../worker/mod.ts";
+import type { WorkerOptions } from "../worker/mod.ts";
+import { HubError } from "./hub/errors.ts";
 import { cacheFolder } from "./hub/reference.ts";
 import { deviceId, HEARTBEAT_MS, natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
@@ -30,14 +32,17 @@ export function addWorker(program: Command): void {
     .option("--isa <name>", "instruction set of the kernels (default: the best)")
     .option("--memory <gb>", "memory to lend (default: what is free now)", number(0.001, 1e6))
     .option("--bandwidth <gbps>", "memory bandwidth, instead of measuring it", number(0.001, 1e6))
-    .option("--models <folder>", "where this device has model files (default: under the orchestrator's paths)")
+    .option(
+      "--models <folder>",
+      "where this device has model files (default: under the orchestrator's paths; layers that it has not are fetched)",
+    )
     .option(
       "--drain <seconds>",
       "how long to wait, when told to stop, until others have the layers",
       number(0, 3600),
       20,
     )
-    .option("--no-cache", "do not keep packed weights on disk for the next start");
+    .option("--no-cache", "do not keep packed weights on disk for the next start; those fetched are kept");
   withNatsOptions(command, "address of the cluster's NATS server").action(async (flags: WorkerFlags) => {
     const address = natsAddress(flags);
     if (address === undefined) throw new InvalidArgumentError("--nats says where the cluster's NATS server is.");
@@ -65,7 +70,10 @@ export function addWorker(program: Command): void {
 /** A worker of this device, as its flags say. */
 export async function startWorker(
   bus: Bus,
-  flags: Pick<WorkerFlags, "id" | "threads" | "isa" | "memory" | "bandwidth" | "models" | "cluster" | "cache">,
+  flags: Pick<WorkerFlags, "id" | "threads" | "isa" | "memory" | "bandwidth" | "models" | "cluster" | "cache"> & {
+    /** Whether other devices may fetch weights from this one. Default: they may. */
+    share?: boolean;
+  },
   onRefused: (error: Error) => void,
 ): Promise<Worker> {
   const { models, memory } = flags;
@@ -79,6 +87,7 @@ export async function startWorker(
     ...(flags.threads === undefined ? {} : { threads: flags.threads }),
     ...(flags.isa === undefined ? {} : { isa: flags.isa }),
     cache: flags.cache === false ? null : cacheChoice(),
+    ...weightsChoice(flags.share ?? true),
     memoryBytes: Math.floor(memory === undefined ? free : Math.min(1e9 * memory, free)),
     bandwidthGBps: flags.bandwidth ?? "measure",
     heartbeatMs: HEARTBEAT_MS,
@@ -97,6 +106,17 @@ export async function startWorker(
     onRefused: (reason) => onRefused(new Error(`the cluster refuses this worker: ${reason}`)),
     log: (message) => console.error(message),
   });
+}
+
+/** Where fetched weights are kept; without a cache folder this device must have the model's file. */
+function weightsChoice(share: boolean): Pick<WorkerOptions, "weights"> {
+  try {
+    return { weights: { cache: cacheFolder(), maxBytes: cacheChoice().maxBytes, share } };
+  } catch (error) {
+    if (!(error instanceof HubError)) throw error;
+    console.error(`no weights are fetched: ${error.message}`);
+    return {};
+  }
 }
 
 /** Resolves at the first signal; the second ends the process. */

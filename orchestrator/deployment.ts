@@ -1,8 +1,8 @@
-import { BusError } from "../bus/mod.ts";
-import type { Bus, Hello, Shard, Subscription } from "../bus/mod.ts";
+import { BusError, clusterSubjects, controlReplySchema, decodeJson, encodeJson } from "../bus/mod.ts";
+import type { Bus, Hello, Loading, Shard, Stage, Subscription, WeightsRef } from "../bus/mod.ts";
 import { ClusterError, LoadError, PlacementError } from "./errors.ts";
 import { Membership } from "./membership.ts";
-import { Pipeline } from "./pipeline.ts";
+import { LONGEST_MS, Pipeline } from "./pipeline.ts";
 import { Telemetry } from "./telemetry.ts";
 import { place, slowestStage } from "./placement.ts";
 import type { ModelCost, PlacedStage } from "./placement.ts";
@@ -18,6 +18,8 @@ export interface DeploymentOptions {
   orchestrator: string;
   cost: ModelCost;
   shardOf: (stage: PlacedStage) => Shard;
+  /** The model's file, for workers that lack it. Default: all have it. */
+  weights?: WeightsRef;
   /** Exactly so many stages. */
   shards?: number;
   /** Workers to wait for at first. */
@@ -25,6 +27,7 @@ export interface DeploymentOptions {
   /** Whether to wait on when the model does not fit at first, or a worker cannot load it: others may come. */
   patient: boolean;
   workerTimeoutMs: number;
+  /** Milliseconds that a worker may load without getting any further. */
   loadTimeoutMs: number;
   stepTimeoutMs: number;
   /** Silence after which a worker is lost; absent: never. */
@@ -40,11 +43,19 @@ export interface DeploymentOptions {
   onUp: (pipeline: Pipeline) => void;
   /** Told that no pipeline can be had with the workers that are there. */
   onUnavailable: (reason: ClusterError) => void;
-  /** Told which share of the model is loaded, 0 to 1. */
-  onLoading: (fraction: number) => void;
+  /** Told which share of the model is loaded, 0 to 1, and how far each worker is. */
+  onLoading: (fraction: number, workers: readonly WorkerLoading[]) => void;
   /** Told of what happens, one line each. */
   log: (message: string) => void;
 }
+
+/** How far a worker is with its stages. */
+export interface WorkerLoading extends Loading {
+  readonly worker: string;
+}
+
+/** How far workers are; `begun`: this one has told. */
+type LoadingWorkers = Map<string, { loading: Loading | undefined; begun: boolean; since: number }>;
 
 /** A step whose message is lost is noticed after so long at the least, and a kernel that hangs. */
 const LOST_STEP_MS = 1500;
@@ -88,8 +99,12 @@ export class Deployment {
   #recoveries = 0;
   #lastRecoveryMs: number | null = null;
   #replanSince: number | undefined;
-  /** While a placement is loaded: the share that each worker has. */
-  #loaded: Map<string, number> | undefined;
+  /** While a placement is loaded, or its weights are fetched ahead: how far each worker is, and since when no further. */
+  #loading: LoadingWorkers | undefined;
+  /** While the weights of a better placement are fetched: its workers, and what ends it. */
+  #fetching: { workers: readonly string[]; stop: AbortController; done: Promise<void> } | undefined;
+  /** The placement whose weights were fetched ahead. */
+  #have = "";
 
   constructor(options: DeploymentOptions) {
     this.#options = options;
@@ -98,6 +113,7 @@ export class Deployment {
       ...(lostMs === undefined ? {} : { lostMs }),
       onLeave: (id, reason) => {
         this.telemetry.forget(id);
+        if (this.#fetching?.workers.includes(id) === true) this.#fetching.stop.abort(new ClusterError(reason));
         if (this.#sessions.has(id)) this.#trouble?.(new ClusterError(reason));
       },
       onHello: (hello) => this.#onHello(hello),
@@ -134,6 +150,13 @@ export class Deployment {
     return { count: this.#recoveries, lastMs: this.#lastRecoveryMs };
   }
 
+  /** How far the workers are that load. */
+  get loading(): readonly WorkerLoading[] {
+    return [...this.#loading ?? []].flatMap(([worker, { loading }]) =>
+      loading === undefined ? [] : { worker, ...loading }
+    );
+  }
+
   /** Ends it. The workers keep their shards unless they are to be unloaded. */
   async close(): Promise<void> {
     if (this.#state === "closed") return await this.#running;
@@ -142,6 +165,7 @@ export class Deployment {
     this.#stop.abort(new ClusterError("the deployment was closed"));
     this.#trouble?.(new ClusterError("the deployment was closed"));
     await this.#running;
+    await this.#fetching?.done;
     this.#watching.unsubscribe();
     this.telemetry.close();
     this.membership.close();
@@ -213,7 +237,7 @@ export class Deployment {
       signal.throwIfAborted();
       let failure: ClusterError;
       try {
-        return await this.#load();
+        return await this.#load(since);
       } catch (error) {
         signal.throwIfAborted();
         if (error instanceof BusError) failure = new ClusterError(`the bus failed: ${error.message}`, { cause: error });
@@ -279,8 +303,8 @@ export class Deployment {
     return place(cost, workers.map(deviceOf), shards === undefined ? {} : { shards });
   }
 
-  async #load(): Promise<Pipeline> {
-    const { bus, cluster, orchestrator, shardOf, loadTimeoutMs, stepTimeoutMs } = this.#options;
+  async #load(since: number | undefined): Promise<Pipeline> {
+    const { bus, cluster, orchestrator, shardOf, weights, stepTimeoutMs } = this.#options;
     const { all, devices } = this.#candidates();
     let placement: PlacedStage[];
     try {
@@ -298,7 +322,7 @@ export class Deployment {
     // A worker that is lost while it loads is not waited for.
     const gone = new AbortController();
     this.#sessions = before;
-    this.#loaded = new Map(placement.map(({ worker }) => [worker, 0]));
+    const overdue = this.#follow(placement, since, (error) => gone.abort(error));
     this.#trouble = (error) => gone.abort(error);
     let pipeline: Pipeline;
     try {
@@ -309,7 +333,7 @@ export class Deployment {
         epoch: this.#epoch,
         placement,
         shards: placement.map(shardOf),
-        loadTimeoutMs,
+        ...(weights === undefined ? {} : { weights }),
         stepTimeoutMs,
         signal: AbortSignal.any([this.#stop.signal, gone.signal]),
         onTrouble: (error) => this.#trouble?.(error),
@@ -319,9 +343,44 @@ export class Deployment {
       throw error;
     } finally {
       this.#trouble = undefined;
-      this.#loaded = undefined;
+      clearInterval(overdue);
+      this.#loading = undefined;
     }
     return pipeline;
+  }
+
+  /**
+   * Watches over workers that load: who gets no further is given up, and requests that wait for a placement after a loss
+   * are told when it takes too long.
+   */
+  #follow(
+    placement: readonly PlacedStage[],
+    since: number | undefined,
+    giveUp: (error: ClusterError) => void,
+  ): ReturnType<typeof setInterval> {
+    const { loadTimeoutMs, recoveryTimeoutMs, onUnavailable, log } = this.#options;
+    const begun = performance.now();
+    const loading: LoadingWorkers = this.#loading = new Map(
+      placement.map(({ worker }) => [worker, { loading: undefined, begun: false, since: begun }]),
+    );
+    let told = this.#state !== "recovering";
+    return setInterval(() => {
+      const now = performance.now();
+      // Those that are done say nothing: only a worker that tells how far it is can be seen to stand still.
+      const started = [...loading].filter(([, state]) => state.loading !== undefined);
+      const still = (started.length === 0 ? [...loading] : started).filter(([, { since }]) =>
+        now - since > loadTimeoutMs
+      );
+      if (still.length > 0) {
+        const [worker] = still[0]!;
+        giveUp(new LoadError(`worker ${worker} did not load: it gets no further`, worker, false));
+      }
+      if (told || since === undefined || now - since < recoveryTimeoutMs) return;
+      told = true;
+      this.#set("loading", "workers are loading the layers of one that was lost");
+      log(`requests are not held any longer: ${this.#reason}`);
+      onUnavailable(new ClusterError(this.#reason));
+    }, TICK_MS);
   }
 
   /** Resolves with the reason when the pipeline cannot, or shall not, go on. */
@@ -339,6 +398,7 @@ export class Deployment {
     }
     const reason = await promise;
     clearInterval(timer);
+    this.#fetching?.stop.abort(reason);
     this.#trouble = undefined;
     this.#sessions = new Map();
     return reason;
@@ -360,9 +420,12 @@ export class Deployment {
   #onHello(hello: Hello): void {
     const { id, state, epoch, work, loading } = hello;
     this.telemetry.take(hello, this.#pipeline);
-    if (loading !== undefined && this.#loaded?.has(id) === true) {
-      this.#loaded.set(id, loading);
-      this.#options.onLoading([...this.#loaded.values()].reduce((sum, share) => sum + share, 0) / this.#loaded.size);
+    const before = this.#loading?.get(id);
+    if (before !== undefined && (loading !== undefined || before.loading !== undefined)) {
+      const further = loading?.phase !== before.loading?.phase || loading?.share !== before.loading?.share;
+      this.#loading!.set(id, { loading, begun: true, since: further ? performance.now() : before.since });
+      const shares = [...this.#loading!.values()].map(({ loading, begun }) => loading?.share ?? (begun ? 1 : 0));
+      this.#options.onLoading(shares.reduce((sum, share) => sum + share, 0) / shares.length, this.loading);
     }
     const pipeline = this.#pipeline;
     if (this.#state !== "serving" || pipeline === undefined || !this.#sessions.has(id)) return;
@@ -376,7 +439,7 @@ export class Deployment {
       this.#trouble?.(new ClusterError(`worker ${id} hangs in a micro-batch for ${Math.round(runningMs)} ms`));
     } else if (state === "draining" && this.#candidates().devices.length > 0) {
       try {
-        this.#place(this.#candidates().devices);
+        if (!this.#ahead(this.#place(this.#candidates().devices))) return;
       } catch {
         return; // it is needed still
       }
@@ -391,16 +454,69 @@ export class Deployment {
     if (shards !== undefined || devices.every(({ id }) => this.#sessions.has(id))) return undefined;
     const all = devices.map(deviceOf);
     if (!pipeline.workers.every((id) => all.some((device) => device.id === id))) return undefined;
-    const faster = slowestStage(cost, all, this.#place(devices));
-    if (faster > WORTH * slowestStage(cost, all, pipeline.placement)) return undefined;
+    const better = this.#place(devices);
+    if (slowestStage(cost, all, better) > WORTH * slowestStage(cost, all, pipeline.placement)) return undefined;
+    if (!this.#ahead(better)) return undefined;
     this.#replanSince ??= performance.now();
     if (!idle() && performance.now() - this.#replanSince < REPLAN_MS) return undefined;
     return new ClusterError("more workers make it faster");
+  }
+
+  /** Whether workers have the weights of a placement; else they fetch them, while the present one goes on. */
+  #ahead(placement: readonly PlacedStage[]): boolean {
+    const { bus, cluster, shardOf, weights, log } = this.#options;
+    const wanted = JSON.stringify(placement.map(({ worker, first, end }) => [worker, first, end]));
+    if (weights === undefined || this.#have === wanted) return true;
+    if (this.#fetching !== undefined) return false;
+    const subjects = clusterSubjects(cluster);
+    const stages = placement.map((stage, number): { worker: string; spec: Stage } => ({
+      worker: stage.worker,
+      spec: { stage: number, shard: shardOf(stage), weights, next: "" },
+    }));
+    const workers = [...new Set(placement.map(({ worker }) => worker))];
+    log(`weights are fetched for ${describe(placement)}`);
+    const begun = performance.now();
+    const loading: LoadingWorkers = new Map(
+      workers.map((worker) => [worker, { loading: undefined, begun: false, since: begun }]),
+    );
+    this.#loading = loading;
+    const stop = new AbortController();
+    const ask = async (worker: string) => {
+      const mine = stages.filter((stage) => stage.worker === worker).map(({ spec }) => spec);
+      const message = await bus.request(subjects.control(worker), encodeJson({ type: "fetch", stages: mine }), {
+        timeoutMs: LONGEST_MS,
+        signal: stop.signal,
+      });
+      const reply = decodeJson(controlReplySchema, message.data);
+      if (!reply.ok) throw new LoadError(`worker ${worker} did not fetch weights: ${reply.error}`, worker, false);
+    };
+    const done = Promise.all(workers.map(ask)).then(() => {
+      this.#have = wanted;
+    }, (error) => {
+      if (stop.signal.aborted) return;
+      stop.abort(error);
+      log(error instanceof Error ? error.message : String(error));
+      if (error instanceof LoadError) this.#suspects.set(error.worker, performance.now() + SUSPECT_MS);
+    }).finally(() => {
+      this.#fetching = undefined;
+      if (this.#loading === loading) this.#loading = undefined;
+    });
+    this.#fetching = { workers, stop, done };
+    return false;
   }
 }
 
 function deviceOf({ id, capabilities }: Hello) {
   return { id, ...capabilities };
+}
+
+/** How far workers are, in one line. */
+export function describeLoading(workers: readonly WorkerLoading[]): string {
+  return workers.map(({ worker, phase, share, bytes, etaMs }) => {
+    const of = phase === "fetching" ? ` of ${(bytes / 1e6).toFixed(0)} MB` : "";
+    const left = etaMs === null ? "" : `, ${Math.ceil(etaMs / 1000)} s left`;
+    return `${worker} ${phase} ${Math.floor(100 * share)} %${of}${left}`;
+  }).join("; ");
 }
 
 /** A placement in one line. */

@@ -7,6 +7,7 @@ import type {
   Shard,
   StageStatus,
   Subscription,
+  WeightsRef,
 } from "../bus/mod.ts";
 import {
   BusError,
@@ -20,8 +21,9 @@ import {
 } from "../bus/mod.ts";
 import { StopMatcher } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
-import { Deployment } from "./deployment.ts";
-import { ClusterError, ContextLengthError, EngineClosedError, RequestError } from "./errors.ts";
+import { Deployment, describeLoading } from "./deployment.ts";
+import type { DeploymentState, WorkerLoading } from "./deployment.ts";
+import { ClusterError, ContextLengthError, EngineClosedError, LoadingError, RequestError } from "./errors.ts";
 import type { StepRunner } from "./pipeline.ts";
 import type { PlacedStage } from "./placement.ts";
 import { checkRequest, checkTokens, MAX_LOGIT_BIASES } from "./request.ts";
@@ -58,12 +60,17 @@ export interface EngineOptions {
   workerTimeoutMs?: number;
   /** Wait on when the model does not fit the workers at first, or one cannot load it: others may come. @default {false} */
   patient?: boolean;
-  /** Milliseconds that workers may take to open their shards. @default {600000} */
+  /**
+   * The model's file by its content, for workers that do not have it: somebody must give its chunks (`WeightSource`). Default: all
+   * workers have it, under its path.
+   */
+  weights?: WeightsRef;
+  /** Milliseconds that a worker may load without getting any further. @default {600000} */
   loadTimeoutMs?: number;
   /** Milliseconds that a micro-batch may take through all stages. @default {120000} */
   stepTimeoutMs?: number;
-  /** Told from time to time which share of the model is loaded, 0 to 1. */
-  onLoading?: (fraction: number) => void;
+  /** Told from time to time which share of the model is loaded, 0 to 1, and how far each worker is. */
+  onLoading?: (fraction: number, workers: readonly WorkerLoading[]) => void;
   /**
    * Milliseconds without a heartbeat after which a worker is lost. Default: never, as workers of the same process send none.
    */
@@ -136,6 +143,7 @@ export class Engine {
       orchestrator: this.#orchestrator,
       cost: modelCost(description, kv),
       shardOf: (stage) => shardOf(description, stage, shard),
+      ...(options.weights === undefined ? {} : { weights: options.weights }),
       ...(options.shards === undefined ? {} : { shards: options.shards }),
       workers: settings.workers,
       patient: options.patient ?? false,
@@ -308,6 +316,7 @@ export class Engine {
         layers: stages.map(({ first, end }): [number, number] => [first, end]),
         stepMs: stages.map(({ number }) => work.find(({ stage }) => stage === number)?.stepMs ?? null),
         ...telemetry.of(id),
+        loading: membership.get(id)?.loading ?? null,
       };
     };
     const none = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, seenMs: 0, queued: 0 };
@@ -360,8 +369,22 @@ export class Engine {
   /** Why it takes no requests; `undefined` while it does. During a short recovery it does: they wait. */
   get failure(): ClusterError | undefined {
     if (this.#closing !== undefined) return new EngineClosedError();
-    const { state, reason } = this.#deployment;
-    return state === "serving" || state === "recovering" ? undefined : new ClusterError(reason);
+    const { state, reason, loading } = this.#deployment;
+    if (state === "serving" || state === "recovering") return undefined;
+    if (state !== "loading" || loading.length === 0) return new ClusterError(reason);
+    const left = loading.map(({ etaMs }) => etaMs).filter((ms) => ms !== null);
+    return new LoadingError(`${reason}: ${describeLoading(loading)}`, left.length === 0 ? null : Math.max(...left));
+  }
+
+  /** Whether tokens are on their way. */
+  get busy(): boolean {
+    return (this.#deployment.pipeline?.inFlight ?? 0) > 0;
+  }
+
+  /** Where it is in its life, and how far the workers are that load. */
+  get state(): { state: DeploymentState; loading: readonly WorkerLoading[] } {
+    const { state, loading } = this.#deployment;
+    return { state, loading };
   }
 
   #checkOpen(): void {

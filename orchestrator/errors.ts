@@ -40,6 +40,18 @@ export class ClusterError extends OrchestratorError {
   override name = "ClusterError";
 }
 
+/** Workers are loading the model. */
+export class LoadingError extends ClusterError {
+  override name = "LoadingError";
+  /** Milliseconds that it will take still; `null` when that is not known. */
+  readonly etaMs: number | null;
+
+  constructor(message: string, etaMs: number | null) {
+    super(message);
+    this.etaMs = etaMs;
+  }
+}
+
 /** A worker did not do what it was asked for. */
 export class LoadError extends ClusterError {
   override name = "LoadError";

@@ -18,6 +18,7 @@ import type {
   Shard,
   StageStatus,
   Subscription,
+  WeightsRef,
   WireMessage,
 } from "../bus/mod.ts";
 import { ClusterError, LoadError } from "./errors.ts";
@@ -51,8 +52,8 @@ export interface PipelineOptions {
   placement: readonly PlacedStage[];
   /** The shard of each stage. */
   shards: readonly Shard[];
-  /** Milliseconds that workers may take to open their shards. */
-  loadTimeoutMs: number;
+  /** The model's file, for workers that lack it. Default: all have it. */
+  weights?: WeightsRef;
   /** Milliseconds that a micro-batch may take through all stages. */
   stepTimeoutMs: number;
   /**
@@ -60,11 +61,14 @@ export interface PipelineOptions {
    * {@linkcode Pipeline.fail}.
    */
   onTrouble: (error: ClusterError) => void;
-  signal?: AbortSignal | undefined;
+  /** Ends the wait for workers that load. */
+  signal: AbortSignal;
 }
 
 /** The kernel library's code for a position after the sequence's end: a message was lost. */
 const SEQUENCE_GAP = -7;
+/** As long as a timer can wait: for what ends by a signal. */
+export const LONGEST_MS = 2 ** 31 - 1;
 /** Milliseconds that a worker may take to close its shards. */
 const UNLOAD_TIMEOUT_MS = 10_000;
 
@@ -231,16 +235,16 @@ export class Pipeline implements StepRunner {
   }
 
   async #load(): Promise<void> {
-    const { placement, shards, orchestrator, loadTimeoutMs } = this.#options;
+    const { placement, shards, weights, orchestrator } = this.#options;
     const results = this.#subjects.results(orchestrator);
     const stages = placement.map(({ worker }, stage) => {
       const following = placement[stage + 1];
       const next = following === undefined ? results : this.#subjects.stage(following.worker, stage + 1);
-      return { worker, spec: { stage, shard: shards[stage]!, next } };
+      return { worker, spec: { stage, shard: shards[stage]!, ...(weights === undefined ? {} : { weights }), next } };
     });
     const replies = await Promise.allSettled(this.#workers.map((worker) => {
       const mine = stages.filter((stage) => stage.worker === worker).map((stage) => stage.spec);
-      return this.#ask(worker, { type: "load", epoch: this.epoch, stages: mine, results }, loadTimeoutMs);
+      return this.#ask(worker, { type: "load", epoch: this.epoch, stages: mine, results }, LONGEST_MS);
     }));
     const errors = replies.filter((reply) => reply.status === "rejected").map((reply) => reply.reason);
     if (errors.length > 0) throw errors.find((error) => error instanceof LoadError) ?? errors[0];
@@ -255,7 +259,7 @@ export class Pipeline implements StepRunner {
     const { bus, signal } = this.#options;
     let reply: ControlReply;
     try {
-      const options = request.type === "load" && signal !== undefined ? { timeoutMs, signal } : { timeoutMs };
+      const options = request.type === "load" ? { timeoutMs, signal } : { timeoutMs };
       const message = await bus.request(this.#subjects.control(worker), encodeJson(request), options);
       reply = decodeJson(controlReplySchema, message.data);
     } catch (cause) {

@@ -87,14 +87,21 @@ export function writeGguf(
 
 /** A small llama of random F32 weights with a byte-fallback vocabulary; tensors and metadata to be changed by tests. */
 export function tinyLlama(): { metadata: [string, Value][]; tensors: WriterTensor[] } {
-  const [embedding, heads, ff, vocab] = [8, 2, 16, 260];
+  return syntheticLlama({ layers: 1, embedding: 8, feedForward: 16 });
+}
+
+/** As {@linkcode tinyLlama}, of any size. */
+export function syntheticLlama(
+  { layers, embedding, feedForward: ff }: { layers: number; embedding: number; feedForward: number },
+): { metadata: [string, Value][]; tensors: WriterTensor[] } {
+  const [heads, vocab] = [2, 260];
   const tokens = ["<unk>", "<s>", "</s>", ...Array.from({ length: 256 }, (_, i) => `<0x${hex(i)}>`), "\u2581a"];
   const types = tokens.map((_, i) => i === 0 ? 2 : i < 3 ? 3 : i < 259 ? 6 : 1);
   const metadata: [string, Value][] = [
     ["general.architecture", { string: "llama" }],
     ["llama.context_length", { u32: 64 }],
     ["llama.embedding_length", { u32: embedding }],
-    ["llama.block_count", { u32: 1 }],
+    ["llama.block_count", { u32: layers }],
     ["llama.feed_forward_length", { u32: ff }],
     ["llama.attention.head_count", { u32: heads }],
     ["llama.attention.layer_norm_rms_epsilon", { f32: 1e-5 }],
@@ -107,15 +114,20 @@ export function tinyLlama(): { metadata: [string, Value][]; tensors: WriterTenso
     const data = new Float32Array(shape.reduce((a, b) => a * b, 1)).map((_, i) => Math.sin(i + name.length) / 4);
     return { name, shape, type: 0, data: new Uint8Array(data.buffer) };
   };
+  const layer = (n: number) => [
+    f32(`blk.${n}.attn_norm.weight`, embedding),
+    ...["attn_q", "attn_k", "attn_v", "attn_output"].map((name) =>
+      f32(`blk.${n}.${name}.weight`, embedding, embedding)
+    ),
+    f32(`blk.${n}.ffn_norm.weight`, embedding),
+    f32(`blk.${n}.ffn_gate.weight`, embedding, ff),
+    f32(`blk.${n}.ffn_up.weight`, embedding, ff),
+    f32(`blk.${n}.ffn_down.weight`, ff, embedding),
+  ];
   const tensors = [
     f32("token_embd.weight", embedding, vocab),
     f32("output_norm.weight", embedding),
-    f32("blk.0.attn_norm.weight", embedding),
-    ...["attn_q", "attn_k", "attn_v", "attn_output"].map((name) => f32(`blk.0.${name}.weight`, embedding, embedding)),
-    f32("blk.0.ffn_norm.weight", embedding),
-    f32("blk.0.ffn_gate.weight", embedding, ff),
-    f32("blk.0.ffn_up.weight", embedding, ff),
-    f32("blk.0.ffn_down.weight", ff, embedding),
+    ...Array.from({ length: layers }, (_, n) => layer(n)).flat(),
   ];
   return { metadata, tensors };
 }

@@ -22,8 +22,13 @@ export interface FetchOptions {
 /** Milliseconds to wait for offers, and before asking again when there are none. */
 const OFFERS_MS = 100;
 const AGAIN_MS = 300;
-/** Milliseconds for an answer: a chunk at 1 Mbit/s, with others before it. */
+/**
+ * Milliseconds for an answer: at first as many as a chunk takes at 1 Mbit/s with others before it, then so many times as long as the
+ * slowest took of late, but never so few that a busy device would seem dead.
+ */
 const ANSWER_MS = 10_000;
+const PATIENCE = 8;
+const LEAST_ANSWER_MS = 1000;
 /** Milliseconds after which is asked again who has what: others may have it by now. */
 const ROUND_MS = 5000;
 /** Milliseconds for which a source is left alone that did not answer, or sent damaged bytes. */
@@ -62,9 +67,10 @@ async function ask(
   root: string,
   source: string,
   wish: Wish,
+  timeoutMs = ANSWER_MS,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const subject = fileSubjects(cluster, root).source(source);
-  const options = { timeoutMs: ANSWER_MS, ...(signal === undefined ? {} : { signal }) };
+  const options = { timeoutMs, ...(signal === undefined ? {} : { signal }) };
   return (await bus.request(subject, encodeWish(wish), options)).data.slice();
 }
 
@@ -154,6 +160,8 @@ class Transfer {
   /** Which sources sent a chunk damaged. */
   readonly #damaged = new Map<number, string[]>();
   #last = performance.now();
+  /** Milliseconds that an answer takes at most, of late. */
+  #slowest: number | undefined;
   #trouble = "nobody offers them: is a device on that has them?";
   #failure: unknown;
 
@@ -255,7 +263,12 @@ class Transfer {
   /** Asks for a chunk, checks and writes it. */
   async #take(source: Source, chunk: number, options: FetchOptions): Promise<void> {
     const { manifest } = this.#file;
-    const data = await ask(options, manifest.root, source.id, { kind: "chunk", index: chunk });
+    const start = performance.now();
+    const timeoutMs = this.#slowest === undefined
+      ? ANSWER_MS
+      : Math.min(ANSWER_MS, Math.max(LEAST_ANSWER_MS, PATIENCE * this.#slowest));
+    const data = await ask(options, manifest.root, source.id, { kind: "chunk", index: chunk }, timeoutMs);
+    this.#slowest = Math.max(0.95 * (this.#slowest ?? 0), performance.now() - start);
     if (data.byteLength === 0) {
       this.#trouble = `${source.id} has lost chunk ${chunk}`;
       return this.#avoid(source, DAMAGED_MS);

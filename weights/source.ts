@@ -56,7 +56,14 @@ export class WeightSource {
   async close(): Promise<void> {
     if (this.#closed) return await this.#loop;
     this.#closed = true;
-    this.#waiting.length = 0;
+    // Those who wait for it ask another at once.
+    for (const { message } of this.#waiting.splice(0)) {
+      try {
+        message.respond(new Uint8Array());
+      } catch (error) {
+        if (!(error instanceof BusError)) throw error;
+      }
+    }
     for (const subscription of this.#subscriptions) subscription.unsubscribe();
     await this.#loop;
     await this.#options.file.close();

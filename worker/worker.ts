@@ -13,14 +13,28 @@ import {
   entryTable,
   LUTRA_VERSION,
   PROBE_HEADER_BYTES,
+  shardTensors,
   WIRE_VERSION,
   WireError,
 } from "../bus/mod.ts";
-import type { Bus, BusMessage, ControlReply, ControlRequest, Finding, Hello, Shard, Subscription } from "../bus/mod.ts";
+import type {
+  Bus,
+  BusMessage,
+  ControlReply,
+  ControlRequest,
+  Finding,
+  Hello,
+  Loading,
+  Stage as StageSpec,
+  Subscription,
+  WeightsRef,
+} from "../bus/mod.ts";
 import { KernelError, WorkerError } from "./errors.ts";
 import type { KernelLibrary, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
 import { Stage } from "./stage.ts";
 import type { QueuedStep } from "./stage.ts";
+import { WeightStore } from "../weights/mod.ts";
+import type { Span } from "../weights/mod.ts";
 
 /** Options of {@linkcode Worker.start}. */
 export interface WorkerOptions {
@@ -53,6 +67,11 @@ export interface WorkerOptions {
   resolvePath?: (path: string) => string;
   /** Looks at this device when it is asked how it is, and for a model's file there. Default: it does not answer. */
   diagnose?: (model: string | undefined) => Promise<Finding[]>;
+  /**
+   * Where weights that this device lacks are kept, and how many bytes; see `WeightStoreOptions` in `weights/store.ts`. Default: it
+   * must have the file.
+   */
+  weights?: { cache: string; maxBytes: number; share?: boolean };
   /** Told when an orchestrator refuses this worker, and why. Default: it is logged. */
   onRefused?: (reason: string) => void;
   /** Told of dropped messages, of each kind the first, second, fourth, eighth…, and of a cache's troubles. Default: `console.warn`. */
@@ -64,6 +83,8 @@ type DropReason = "malformed" | "epoch" | "duplicate" | "overflow";
 
 const MAX_QUEUED = 1024;
 const BANDWIDTH_MEBIBYTES = 256;
+/** Milliseconds between two announcements of how far fetching is. */
+const TELL_MS = 200;
 
 /**
  * One device: announces itself, holds the stages it is told to, and computes their micro-batches one at a time, in the
@@ -98,8 +119,13 @@ export class Worker {
   #reconnections = 0;
   readonly #heartbeat: ReturnType<typeof setInterval> | undefined;
   #refused = "";
-  /** While stages are being loaded: the share that is. */
-  #loading: number | undefined;
+  /** While stages are being loaded: how far that is. */
+  #loading: Loading | undefined;
+  readonly #store: WeightStore | undefined;
+  /** Ends what is being fetched. */
+  #fetching: AbortController | undefined;
+  /** The newest epoch that a load was asked for. */
+  #wanted = 0;
   /** Told when no stage is open. */
   #onIdle: (() => void) | undefined;
   #closed = false;
@@ -118,6 +144,17 @@ export class Worker {
       memoryBytes: options.memoryBytes ?? Deno.systemMemoryInfo().available,
       bandwidthGBps,
     };
+    const { weights, log } = options;
+    if (weights !== undefined) {
+      this.#store = new WeightStore({
+        bus: this.#bus,
+        cluster: options.cluster ?? "local",
+        id: this.id,
+        ...weights,
+        busy: () => this.#loop !== undefined,
+        ...(log === undefined ? {} : { log }),
+      });
+    }
     const control = this.#subjects.control(this.id);
     this.#subscriptions.push(
       this.#bus.subscribe(this.#subjects.discover, () => this.#announce()),
@@ -181,7 +218,9 @@ export class Worker {
     for (const subscription of this.#subscriptions) subscription.unsubscribe();
     this.#state = "leaving";
     this.#announce();
+    this.#fetching?.abort(new WorkerError(`worker ${this.id} leaves`));
     await this.#change(() => this.#closeStages());
+    await this.#store?.close();
   }
 
   #announce(): void {
@@ -225,6 +264,17 @@ export class Worker {
       if (request.reason !== this.#refused) this.#onRefused(request.reason);
       this.#refused = request.reason;
       return;
+    }
+    if (request.type === "fetch") {
+      this.#fetch(request.stages, "ahead").then(() => this.#status()).catch(refusal)
+        .then((reply) => message.respond(encodeJson(reply)))
+        .catch((error) => this.#log(`worker ${this.id} could not answer: ${error}`));
+      return;
+    }
+    if (request.type === "load" && request.epoch > this.#wanted) {
+      // What another epoch waits for is of no account any more; what has come of it stays.
+      this.#wanted = request.epoch;
+      this.#fetching?.abort(new WorkerError(`epoch ${request.epoch} begins`));
     }
     const act = request.type === "load"
       ? () => this.#load(request)
@@ -285,13 +335,15 @@ export class Worker {
     this.#loaded = "";
     this.#results = request.results;
     await this.#fence();
+    const paths = await this.#fetch(request.stages, request.epoch);
     const spare = this.#stages;
     this.#stages = [];
     const opened: Stage[] = [];
+    const begun = performance.now();
     try {
       // First free what is not wanted any more, then open: both may not fit at once.
       const kept = request.stages.map((wanted) => {
-        const at = spare.findIndex((stage) => sameShard(stage.spec.shard, wanted.shard));
+        const at = spare.findIndex((stage) => sameShard(stage.spec, wanted));
         return at < 0 ? undefined : spare.splice(at, 1)[0];
       });
       for (const stage of spare.splice(0)) stage.handle.close();
@@ -301,13 +353,14 @@ export class Worker {
         let handle: ShardHandle;
         if (keep === undefined) {
           const { isa = null, pin = "none", cache = null, tune = "auto" } = this.#options;
-          const path = this.#options.resolvePath?.(wanted.shard.path) ?? wanted.shard.path;
           handle = await this.#kernels.openShard(
-            { ...wanted.shard, path },
+            { ...wanted.shard, path: paths[i]! },
             { threads: this.#threads, isa, pin, cache, tune },
             {
               onProgress: (fraction) => {
-                this.#loading = (i + fraction) / request.stages.length;
+                const share = (i + fraction) / request.stages.length;
+                const etaMs = share > 0 ? (performance.now() - begun) * (1 - share) / share : null;
+                this.#loading = { phase: "packing", share, bytes: 0, etaMs };
                 this.#announce();
               },
               onNote: (text) => this.#log(`worker ${this.id}: ${text}`),
@@ -335,6 +388,52 @@ export class Worker {
     }
     this.#stages = opened;
     this.#loaded = content;
+  }
+
+  /**
+   * Sees to it that the weights of stages are on this device, and returns the path of each one's file.
+   *
+   * @param purpose The epoch that they are loaded for, or `ahead`.
+   */
+  async #fetch(stages: readonly StageSpec[], purpose: number | "ahead"): Promise<string[]> {
+    const store = this.#store;
+    const own = stages.map(({ shard }) => this.#options.resolvePath?.(shard.path) ?? shard.path);
+    if (store === undefined || stages.every(({ weights }) => weights === undefined)) return own;
+    this.#fetching?.abort(new WorkerError("other weights are wanted"));
+    const ending = this.#fetching = new AbortController();
+    // It may have been superseded while it waited for its turn.
+    if (purpose !== "ahead" && purpose < this.#wanted) ending.abort(new WorkerError(`epoch ${this.#wanted} begins`));
+    if (this.#closed) ending.abort(new WorkerError(`worker ${this.id} leaves`));
+    let told = 0;
+    const files = new Map<string, { ref: WeightsRef; path: string; spans: Span[] }>();
+    stages.forEach(({ shard, weights }, i) => {
+      if (weights === undefined || this.#stages.some((stage) => sameShard(stage.spec, stages[i]!))) return;
+      const file = files.get(weights.root);
+      if (file === undefined) files.set(weights.root, { ref: weights, path: own[i]!, spans: shardTensors(shard) });
+      else file.spans.push(...shardTensors(shard));
+    });
+    const found = new Map<string, string>();
+    try {
+      for (const [root, { ref, path, spans }] of files) {
+        const at = await store.provide(ref, path, spans, {
+          signal: ending.signal,
+          onProgress: ({ phase, done, total, etaMs }) => {
+            this.#loading = { phase, share: total === 0 ? 1 : done / total, bytes: total, etaMs };
+            const now = performance.now();
+            if (now - told < TELL_MS) return;
+            told = now;
+            this.#announce();
+          },
+        });
+        found.set(root, at);
+      }
+    } finally {
+      if (this.#fetching === ending) {
+        this.#fetching = undefined;
+        this.#loading = undefined;
+      }
+    }
+    return stages.map(({ weights }, i) => found.get(weights?.root ?? "") ?? own[i]!);
   }
 
   async #unload(epoch: number): Promise<void> {
@@ -447,8 +546,9 @@ export class Worker {
   }
 }
 
-function sameShard(a: Shard, b: Shard): boolean {
-  return JSON.stringify(a) === JSON.stringify(b);
+/** Whether two stages hold the same layers of the same file. */
+function sameShard(a: StageSpec, b: StageSpec): boolean {
+  return JSON.stringify([a.shard, a.weights]) === JSON.stringify([b.shard, b.weights]);
 }
 
 function refusal(error: unknown): ControlReply {

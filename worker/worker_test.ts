@@ -133,7 +133,8 @@ Deno.test("Worker: announces itself at start, on discovery, and when it leaves",
 Deno.test("Worker: tells how far loading is, and what its cache lacks", async () => {
   const t = await start({ progress: [0, 0.5, 1], note: "the disk is full" });
   await t.load();
-  assert.deepEqual(t.hellos.map((hello) => hello.loading), [undefined, 0, 0.5, 1]);
+  assert.deepEqual(t.hellos.map((hello) => hello.loading?.share), [undefined, 0, 0.5, 1]);
+  assert(t.hellos.slice(1).every(({ loading }) => loading!.phase === "packing"));
   assert.deepEqual(t.log, ["worker a: the disk is full"]);
   await t.end();
 });

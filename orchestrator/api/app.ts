@@ -79,7 +79,15 @@ export function createApp(options: AppOptions): Hono {
   app.get("/healthz", (c) => {
     const { failure } = engine;
     if (failure !== undefined) {
-      return c.json({ status: "unavailable", reason: failure.message }, 503, { "retry-after": "5" });
+      const { state, loading } = engine.state;
+      const devices = loading.map(({ worker, phase, share, etaMs }) => ({
+        id: worker,
+        phase,
+        progress: share,
+        eta_seconds: etaMs === null ? null : Math.ceil(etaMs / 1000),
+      }));
+      const body = { status: state, reason: failure.message, ...(devices.length === 0 ? {} : { devices }) };
+      return c.json(body, 503, { ...toApiError(failure).headers });
     }
     const { running, waiting } = engine.stats();
     return c.json({ status: "ok", model: modelId, running, waiting });

@@ -2,7 +2,7 @@ import { HTTPException } from "hono/http-exception";
 import type { ContentfulStatusCode } from "hono/utils/http-status";
 import { z } from "zod";
 import { ChatTemplateError, TokenizerError } from "../../model/mod.ts";
-import { ClusterError, ContextLengthError, QueueFullError, RequestError } from "../errors.ts";
+import { ClusterError, ContextLengthError, LoadingError, QueueFullError, RequestError } from "../errors.ts";
 
 /** The error object of OpenAI's API. */
 export interface ErrorBody {
@@ -56,6 +56,14 @@ export function toApiError(error: unknown): ApiError {
       type: "rate_limit_error",
       code: "queue_full",
       headers: { "retry-after": "1" },
+      cause: error,
+    });
+  }
+  if (error instanceof LoadingError) {
+    const seconds = Math.min(60, Math.max(2, Math.ceil((error.etaMs ?? 0) / 1000)));
+    return new ApiError(503, error.message, {
+      code: "model_loading",
+      headers: { "retry-after": `${seconds}` },
       cause: error,
     });
   }

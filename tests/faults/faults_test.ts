@@ -1,4 +1,7 @@
 import assert from "node:assert/strict";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { clusterStatusSchema, decodeJson } from "../../bus/mod.ts";
 import { loadKernels } from "../../worker/mod.ts";
 import { repoPath } from "../data.ts";
@@ -23,6 +26,10 @@ Deno.test({
   },
 });
 
+/** Of all commands here, so that none writes to the user's. */
+const cache = mkdtempSync(join(tmpdir(), "lutra-faults-"));
+addEventListener("unload", () => rmSync(cache, { recursive: true, force: true }));
+
 /** A command of Lutra's as a process. */
 function lutra(permissions: string, ...args: string[]) {
   const child = new Deno.Command(Deno.execPath(), {
@@ -31,7 +38,7 @@ function lutra(permissions: string, ...args: string[]) {
     stdin: "null",
     stdout: "piped",
     stderr: "null",
-    env: { NO_COLOR: "1" },
+    env: { NO_COLOR: "1", LUTRA_CACHE: cache },
   }).spawn();
   const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

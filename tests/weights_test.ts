@@ -1,0 +1,261 @@
+import assert from "node:assert/strict";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { NatsBus, shardTensors } from "../bus/mod.ts";
+import type { NatsServer } from "../bus/mod.ts";
+import { startLocalCluster } from "../cli/local_cluster.ts";
+import { loadModel } from "../model/mod.ts";
+import type { LoadedModel } from "../model/mod.ts";
+import { Engine, shardOf } from "../orchestrator/mod.ts";
+import type { EngineOptions } from "../orchestrator/mod.ts";
+import { CHUNK_BYTES, ChunkFile, chunksOf, hashFile, WeightSource } from "../weights/mod.ts";
+import type { Manifest } from "../weights/mod.ts";
+import { decodeWish, fileSubjects } from "../weights/protocol.ts";
+import { loadKernels } from "../worker/mod.ts";
+import { repoPath } from "./data.ts";
+import { syntheticLlama, writeGguf } from "./gguf_writer.ts";
+import { nats } from "./nats.ts";
+
+// Never closed, hence opened before any test: it is no test's leak.
+loadKernels();
+
+const LAYERS = 8;
+const CONTEXT = 64;
+
+/** A server, an engine and a source in this process, and worker processes that do not have the model's file. */
+class Site implements AsyncDisposable {
+  readonly folder = mkdtempSync(join(tmpdir(), "lutra-weights-"));
+  readonly path = join(this.folder, "model.gguf");
+  readonly server: NatsServer;
+  readonly bus: NatsBus;
+  /** How often each chunk was asked for. */
+  readonly wishes = new Map<number, number>();
+  readonly logs: string[] = [];
+  model!: LoadedModel;
+  manifest!: Manifest;
+  engine: Engine | undefined;
+  /** Milliseconds that the source takes for a chunk. */
+  delayMs = 0;
+  onWish: (total: number) => void = () => {};
+  readonly #workers = new Map<string, Deno.ChildProcess>();
+  #source: WeightSource | undefined;
+  #sources = 0;
+
+  private constructor(server: NatsServer, bus: NatsBus) {
+    this.server = server;
+    this.bus = bus;
+  }
+
+  static async create(): Promise<Site> {
+    const server = await nats.start();
+    const site = new Site(server, await NatsBus.connect({ servers: server.url }));
+    const { metadata, tensors } = syntheticLlama({ layers: LAYERS, embedding: 256, feedForward: 1024 });
+    writeFileSync(site.path, writeGguf(metadata, tensors));
+    site.manifest = await hashFile(site.path);
+    site.model = await loadModel(site.path);
+    site.bus.subscribe(fileSubjects("lutra", site.manifest.root).source("*"), ({ data }) => {
+      const { kind, index } = decodeWish(data);
+      if (kind !== "chunk") return;
+      site.wishes.set(index, (site.wishes.get(index) ?? 0) + 1);
+      site.onWish(site.total);
+    });
+    return site;
+  }
+
+  get total(): number {
+    return [...this.wishes.values()].reduce((sum, n) => sum + n, 0);
+  }
+
+  /** Begins to give chunks, under another name every time. */
+  async offer(): Promise<void> {
+    const file = await ChunkFile.open(this.path, this.manifest, join(this.folder, "source"), "own");
+    file.trust();
+    const read = file.read.bind(file);
+    file.read = async (chunk) => {
+      await new Promise((resolve) => setTimeout(resolve, this.delayMs));
+      return await read(chunk);
+    };
+    this.#source = new WeightSource({ bus: this.bus, cluster: "lutra", id: `source-${this.#sources++}`, file });
+  }
+
+  async withdraw(): Promise<void> {
+    await this.#source?.close();
+    this.#source = undefined;
+  }
+
+  cache(id: string): string {
+    return join(this.folder, id);
+  }
+
+  /** Where a worker has what it fetched. */
+  fetched(id: string): string {
+    return join(this.cache(id), "fetched", this.manifest.root);
+  }
+
+  work(id: string): void {
+    const flags = ["--id", id, "--threads", "1", "--bandwidth", "10", "--memory", "0.5", "--no-cache"];
+    const child = new Deno.Command(Deno.execPath(), {
+      args: ["run", "-q", "-P=worker", repoPath("mod.ts"), "worker", "--nats", this.server.url, ...flags],
+      env: { NO_COLOR: "1", LUTRA_CACHE: this.cache(id) },
+      stdin: "null",
+      stdout: "null",
+      stderr: Deno.env.has("LUTRA_TEST_LOG") ? "inherit" : "null",
+    }).spawn();
+    this.#workers.set(id, child);
+  }
+
+  async end(id: string, signal: Deno.Signal): Promise<void> {
+    const child = this.#workers.get(id);
+    this.#workers.delete(id);
+    try {
+      child?.kill(signal);
+    } catch { /* it has ended */ }
+    await child?.status;
+  }
+
+  async serve(options: Partial<EngineOptions> = {}): Promise<Engine> {
+    // Under this path no worker has it.
+    const model = { ...this.model, path: "/nowhere/model.gguf" };
+    return this.engine = await Engine.start({
+      bus: this.bus,
+      model,
+      cluster: "lutra",
+      weights: { root: this.manifest.root, bytes: this.manifest.bytes },
+      context: CONTEXT,
+      kvTokens: 4 * CONTEXT,
+      workerTimeoutMs: 60_000,
+      lostMs: 1600,
+      recoveryTimeoutMs: 60_000,
+      patient: true,
+      unload: false,
+      log: (text) => this.logs.push(text),
+      ...options,
+    });
+  }
+
+  /** The chunks of some of the layers. */
+  share(first: number, end: number): number[] {
+    const settings = { path: "x", kv: { type: "f16", tokens: 64 }, maxBatch: 64, context: CONTEXT } as const;
+    return chunksOf(shardTensors(shardOf(this.model.description, { first, end }, settings)), this.manifest);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.engine?.close();
+    await this.withdraw();
+    for (const id of [...this.#workers.keys()]) await this.end(id, "SIGKILL");
+    await this.bus.close();
+    await this.server.stop();
+    rmSync(this.folder, { recursive: true });
+  }
+}
+
+async function answers(engine: Engine, count = 3): Promise<number[][]> {
+  return await Promise.all(Array.from({ length: count }, async (_, n) => {
+    const ids: number[] = [];
+    const promptTokens = Array.from({ length: 9 }, (_, i) => 3 + (i * 31 + n * 57) % 250);
+    const sampling = n === 0 ? { temperature: 0 } : { temperature: 1, seed: BigInt(n) };
+    for await (const event of engine.generate({ promptTokens, maxTokens: 30, ignoreEos: true, sampling })) {
+      if (event.type === "token") ids.push(event.id);
+    }
+    return ids;
+  }));
+}
+
+async function expected(path: string): Promise<number[][]> {
+  await using one = await startLocalCluster(path, { threads: 1, context: CONTEXT, kvTokens: 4 * CONTEXT });
+  return await answers(one.engine);
+}
+
+function test(name: string, fn: () => Promise<void>): void {
+  Deno.test({ name: `weights over the bus: ${name}`, ignore: nats.absent, fn });
+}
+
+test("workers without the file get their layers and no more, are given them by peers, and answer as one process does", async () => {
+  await using site = await Site.create();
+  const right = await expected(site.path);
+  await site.offer();
+  site.work("a");
+  site.work("b");
+  const engine = await site.serve({ workers: 2, shards: 2 });
+  assert.deepEqual(await answers(engine), right);
+  const stages = engine.stats().stages;
+  assert.equal(stages.length, 2);
+  let chunks = 0;
+  for (const { worker, first, end } of stages) {
+    const share = site.share(first, end);
+    chunks += share.length;
+    assert(share.length < 0.6 * site.manifest.chunks, "about half of the file");
+    const held = 512 * statSync(site.fetched(worker)).blocks;
+    const wanted = share.reduce((sum, chunk) => sum + site.manifest.chunkBytes(chunk), 0);
+    assert(held >= wanted && held < wanted + 65_536, `${worker} holds ${held} bytes for ${wanted}`);
+  }
+  assert.equal(site.total, chunks, "every chunk once for each that needs it");
+
+  // Nobody has the whole file any more: who takes the place of one that leaves gets its layers from it.
+  await site.withdraw();
+  site.wishes.clear();
+  const leaving = stages[0]!.worker;
+  site.work("c");
+  while (engine.clusterStatus().workers.length < 3) await new Promise((resolve) => setTimeout(resolve, 50));
+  const running = answers(engine);
+  await site.end(leaving, "SIGTERM");
+  assert.deepEqual(await running, right);
+  assert.deepEqual(await answers(engine), right);
+  const needed = engine.stats().stages.map(({ worker, first, end }) => {
+    assert.notEqual(worker, leaving);
+    const had = stages.find((stage) => stage.worker === worker);
+    const held = new Set(had === undefined ? [] : site.share(had.first, had.end));
+    return site.share(first, end).filter((chunk) => !held.has(chunk)).length;
+  });
+  assert.equal(site.total, needed.reduce((sum, n) => sum + n, 0));
+  // They fetched while it went on computing, so that answers waited for no transfer.
+  const at = (pattern: RegExp) => site.logs.findIndex((text) => pattern.test(text));
+  assert(
+    at(/^weights are fetched for/) >= 0 && at(/^weights are fetched for/) < at(/wants to leave/),
+    site.logs.join("\n"),
+  );
+});
+
+test("a transfer goes on where the worker or the source was killed; damage is found and mended", async () => {
+  await using site = await Site.create();
+  const right = await expected(site.path);
+  site.delayMs = 15;
+  await site.offer();
+  site.work("a");
+  const share = site.share(0, LAYERS);
+  const acts = new Map<number, () => void>([
+    // Killed without a word, and started again.
+    [Math.floor(share.length / 4), () => void site.end("a", "SIGKILL").then(() => site.work("a"))],
+    // The source goes, and comes again elsewhere.
+    [Math.floor(share.length / 2), () => void site.withdraw().then(() => site.offer())],
+  ]);
+  site.onWish = (total) => {
+    acts.get(total)?.();
+    acts.delete(total);
+  };
+  const seen: string[] = [];
+  const engine = await site.serve({
+    onLoading: (_, workers) => seen.push(...workers.map(({ phase, etaMs }) => `${phase} ${etaMs !== null}`)),
+  });
+  assert.equal(acts.size, 0);
+  assert.deepEqual(await answers(engine), right);
+  assert(seen.includes("fetching true"), "progress with the time that is left");
+  const twice = [...site.wishes.values()].filter((times) => times > 1).length;
+  assert.equal(site.wishes.size, share.length);
+  assert(twice <= 8, `${twice} chunks were asked for twice; only those on their way may be`);
+
+  // Under a new orchestrator, with a bit of the cache changed meanwhile: that chunk alone is fetched.
+  await engine.close();
+  await site.end("a", "SIGKILL");
+  const data = readFileSync(site.fetched("a"));
+  const hit = share[Math.floor(share.length / 3)]!;
+  data[CHUNK_BYTES * hit + 1234]! ^= 8;
+  writeFileSync(site.fetched("a"), data);
+  site.wishes.clear();
+  site.work("a");
+  const again = await site.serve();
+  assert.deepEqual([...site.wishes], [[hit, 1]]);
+  assert.deepEqual(await answers(again), right);
+  assert.deepEqual(readdirSync(join(site.cache("a"), "fetched")), [site.manifest.root]);
+});
