@@ -57,11 +57,15 @@ export interface WorkerLoading extends Loading {
 /** How far workers are; `begun`: this one has told. */
 type LoadingWorkers = Map<string, { loading: Loading | undefined; begun: boolean; since: number }>;
 
-/** A step whose message is lost is noticed after so long at the least, and a kernel that hangs. */
-const LOST_STEP_MS = 1500;
-const HUNG_MS = 10_000;
-/** … or after so many times as long as it should take. */
-const PATIENCE = 20;
+/** A message is lost when for so long, and longer than the slowest of the recent steps took, no worker has done anything … */
+const LOST_MS = 800;
+/** … before the first result, when it is not known how long messages take, for so long. */
+const LOST_FIRST_MS = 3000;
+/** A kernel hangs when a micro-batch takes so long at the least, and so many times as long as it should by those before. */
+const HUNG_MS = 1500;
+const HUNG_TIMES = 8;
+/** … or so long, when none was before: weights may have to be read first. */
+const HUNG_FIRST_MS = 200_000;
 /** A worker that did not load is left out for so long. */
 const SUSPECT_MS = 5000;
 /** A placement must be so much faster to be worth a change, and waits for a moment without requests for so long at most. */
@@ -87,6 +91,8 @@ export class Deployment {
   readonly #running: Promise<void>;
   readonly #ready = Promise.withResolvers<void>();
   readonly #suspects = new Map<string, number>();
+  /** What the kernel library had worked on each worker when it was found to do nothing more, and since when. */
+  readonly #idle = new Map<string, { busyMs: number; since: number }>();
   #pipeline: Pipeline | undefined;
   /** The sessions of the pipeline's workers when it was loaded. */
   #sessions = new Map<string, string>();
@@ -292,7 +298,7 @@ export class Deployment {
   /** Workers that may hold stages; those that want to leave only when it cannot be done without. */
   #candidates(): { devices: readonly Hello[]; all: readonly Hello[] } {
     const now = performance.now();
-    const all = this.membership.workers.filter(({ id }) => (this.#suspects.get(id) ?? 0) <= now)
+    const all = this.membership.workers.filter((hello) => (this.#suspects.get(hello.id) ?? 0) <= now && !hangs(hello))
       // The same order after every restart, so that the same workers get the same layers, which they may hold already.
       .sort((a, b) => a.id < b.id ? -1 : 1);
     return { all, devices: all.filter((worker) => worker.state === "ready") };
@@ -388,6 +394,7 @@ export class Deployment {
     const { promise, resolve } = Promise.withResolvers<ClusterError>();
     this.#trouble = resolve;
     this.#replanSince = undefined;
+    this.#idle.clear();
     const timer = this.#options.lostMs === undefined ? undefined : setInterval(() => {
       const reason = this.#still(pipeline) ?? this.#replan(pipeline);
       if (reason !== undefined) resolve(reason);
@@ -404,17 +411,18 @@ export class Deployment {
     return reason;
   }
 
-  /** Whether a message was lost: nothing comes, and all workers have told since that they do nothing. */
+  /** Whether a message was lost: nothing comes, and all workers tell again and again that they do nothing. */
   #still(pipeline: Pipeline): ClusterError | undefined {
     const still = pipeline.stillMs;
-    if (this.#options.bus.state === "disconnected") return undefined;
-    if (still < Math.max(LOST_STEP_MS, PATIENCE * Math.min(pipeline.slowestMs, LOST_STEP_MS))) return undefined;
-    const busy = pipeline.workers.some((id) => {
-      const hello = this.membership.get(id);
-      return hello === undefined || hello.work.queued > 0 || hello.work.runningMs !== null ||
-        this.membership.seenMs(id) > still - LOST_STEP_MS / 2;
+    const patience = pipeline.completed > 0
+      ? Math.max(LOST_MS, pipeline.slowestMs)
+      : LOST_FIRST_MS * 2 ** this.#fruitless;
+    if (this.#options.bus.state === "disconnected" || still < patience) return undefined;
+    const idle = pipeline.workers.every((id) => {
+      const { since = Infinity } = this.#idle.get(id) ?? {};
+      return performance.now() - this.membership.seenMs(id) - since >= patience;
     });
-    return busy ? undefined : new ClusterError(`a message was lost ${Math.round(still)} ms ago`);
+    return idle ? new ClusterError(`a message was lost ${Math.round(still)} ms ago`) : undefined;
   }
 
   #onHello(hello: Hello): void {
@@ -433,10 +441,11 @@ export class Deployment {
       this.#trouble?.(new ClusterError(`worker ${id} follows another orchestrator`));
       return;
     }
-    const { runningMs, expectedMs } = work;
-    if (runningMs !== null && runningMs > Math.max(HUNG_MS, PATIENCE * (expectedMs ?? HUNG_MS))) {
-      this.#suspects.set(id, performance.now() + SUSPECT_MS);
-      this.#trouble?.(new ClusterError(`worker ${id} hangs in a micro-batch for ${Math.round(runningMs)} ms`));
+    const busyMs = work.stages.reduce((sum, stage) => sum + stage.busyMs, 0);
+    const idle = work.queued === 0 && work.runningMs === null && this.#idle.get(id)?.busyMs === busyMs;
+    if (!idle) this.#idle.set(id, { busyMs, since: performance.now() });
+    if (hangs(hello)) {
+      this.#trouble?.(new ClusterError(`worker ${id} hangs in a micro-batch for ${Math.round(work.runningMs!)} ms`));
     } else if (state === "draining" && this.#candidates().devices.length > 0) {
       try {
         if (!this.#ahead(this.#place(this.#candidates().devices))) return;
@@ -504,6 +513,12 @@ export class Deployment {
     this.#fetching = { workers, stop, done };
     return false;
   }
+}
+
+/** Whether a micro-batch takes far longer than it should. */
+function hangs({ work: { runningMs, expectedMs } }: Hello): boolean {
+  if (runningMs === null) return false;
+  return runningMs > (expectedMs === null ? HUNG_FIRST_MS : Math.max(HUNG_MS, HUNG_TIMES * expectedMs));
 }
 
 function deviceOf({ id, capabilities }: Hello) {

@@ -49,6 +49,31 @@ Deno.test("Deployment: a message that is lost is noticed by workers that do noth
   await bus.close();
 });
 
+Deno.test("Deployment: a kernel that hangs is noticed in two seconds by what it should take, and its worker is left out", async () => {
+  const bus = new InProcessBus();
+  const gate = Promise.withResolvers<void>();
+  let layers = 0;
+  const hanging = new FakeKernels({ beforeLayer: () => ++layers === 60 ? gate.promise : undefined });
+  const bad = await startWorker(bus, "a", { kernels: hanging });
+  const workers = [await startWorker(bus, "b"), await startWorker(bus, "c")];
+  const told: { text: string; at: number }[] = [];
+  const engine = await Engine.start({
+    ...{ bus, model: fakeModel(), workers: 3, shards: 2, lostMs: 60_000 },
+    log: (text) => told.push({ text, at: performance.now() }),
+  });
+  assert.deepEqual(engine.stats().stages.map(({ worker }) => worker), ["a", "b"]);
+  const begin = performance.now();
+  assert.deepEqual((await read(engine.generate(request))).ids, continuation([5, 6, 7], 40));
+  const noticed = told.find(({ text }) => /worker a hangs in a micro-batch/.test(text));
+  assert(noticed !== undefined && noticed.at - begin < 4000, JSON.stringify(told));
+  assert.deepEqual(engine.stats().stages.map(({ worker }) => worker), ["b", "c"]);
+  gate.resolve();
+  await engine.close();
+  for (const worker of [bad, ...workers]) await worker.close();
+  assert.equal(bus.subscriptions, 0);
+  await bus.close();
+});
+
 Deno.test("Deployment: a worker that comes later gets its share when nothing runs", async () => {
   const bus = new InProcessBus();
   // So slow that hops are nothing beside it, and the second cannot hold the model alone.

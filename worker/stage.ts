@@ -47,10 +47,12 @@ export class Stage {
   readonly #stop = new Int32Array(new ArrayBuffer(4));
   #message = new Uint8Array(new ArrayBuffer(1 << 12));
 
-  constructor(spec: StageSpec, epoch: number, handle: ShardHandle) {
+  /** @param former The stage that had the same shard open before: how fast it was is known. */
+  constructor(spec: StageSpec, epoch: number, handle: ShardHandle, former?: Stage) {
     this.spec = spec;
     this.epoch = epoch;
     this.handle = handle;
+    if (former !== undefined) this.#msPerToken = former.#msPerToken;
   }
 
   /** How long the running micro-batch has taken, and should take; `undefined` when none runs. */
@@ -58,7 +60,9 @@ export class Stage {
     if (this.#running === undefined) return undefined;
     return {
       runningMs: performance.now() - this.#begin,
-      expectedMs: this.#msPerToken === undefined ? null : this.#msPerToken * this.#runningTokens,
+      expectedMs: this.#msPerToken === undefined
+        ? null
+        : Math.max(this.#msPerToken * this.#runningTokens, ...this.#recentMs),
     };
   }
 

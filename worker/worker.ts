@@ -371,7 +371,7 @@ export class Worker {
           spare.splice(spare.indexOf(keep), 1);
           handle = keep.handle;
         }
-        opened.push(new Stage(wanted, epoch, handle));
+        opened.push(new Stage(wanted, epoch, handle, keep));
       }
       for (const stage of opened) {
         const subject = this.#subjects.stage(this.id, stage.spec.stage);

@@ -4,6 +4,7 @@
  *
  * @module
  */
+import { z } from "zod";
 import { NatsBus } from "../../bus/mod.ts";
 import type { NatsServer } from "../../bus/mod.ts";
 import { loadModel } from "../../model/mod.ts";
@@ -14,6 +15,14 @@ import { nats } from "../nats.ts";
 
 /** The bundled model. */
 export const MODEL = repoPath("models", "lutra-books-6M-TQ2_0.gguf");
+
+/** Where the server tells of its connections; one for each process of tests. */
+const MONITOR_PORT = 20_000 + Deno.pid % 10_000;
+
+/** What the server tells of a client: its name, and its subscriptions. */
+const connectionsSchema = z.object({
+  connections: z.array(z.object({ name: z.string().default(""), subscriptions: z.number() })),
+});
 
 async function tool(command: string, ...args: string[]): Promise<void> {
   const { success, stderr } = await new Deno.Command(command, { args }).output();
@@ -101,6 +110,48 @@ class Link implements AsyncDisposable {
   }
 }
 
+/** A control group that bounds the processor time of what is in it: of version 2, or of version 1 where that has the controller. */
+class CpuQuota implements AsyncDisposable {
+  static readonly #period = 100_000;
+  readonly #folder: string;
+  readonly #version: 1 | 2;
+
+  private constructor(folder: string, version: 1 | 2) {
+    this.#folder = folder;
+    this.#version = version;
+  }
+
+  /** `undefined` where this user may not make one. */
+  static async create(name: string): Promise<CpuQuota | undefined> {
+    const root = "/sys/fs/cgroup";
+    try {
+      const controllers = await Deno.readTextFile(`${root}/cgroup.controllers`).catch(() => "");
+      if (/\bcpu\b/.test(controllers)) {
+        await Deno.writeTextFile(`${root}/cgroup.subtree_control`, "+cpu");
+        await Deno.mkdir(`${root}/${name}`);
+        return new CpuQuota(`${root}/${name}`, 2);
+      }
+      await Deno.mkdir(`${root}/cpu/${name}`);
+      return new CpuQuota(`${root}/cpu/${name}`, 1);
+    } catch {
+      return undefined;
+    }
+  }
+
+  async set(pid: number, share: number | undefined): Promise<true> {
+    const time = share === undefined ? undefined : Math.round(share * CpuQuota.#period);
+    if (this.#version === 2) {
+      await Deno.writeTextFile(`${this.#folder}/cpu.max`, `${time ?? "max"} ${CpuQuota.#period}`);
+    } else await Deno.writeTextFile(`${this.#folder}/cpu.cfs_quota_us`, `${time ?? -1}`);
+    await Deno.writeTextFile(`${this.#folder}/cgroup.procs`, `${pid}`);
+    return true;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await Deno.remove(this.#folder).catch(() => {}); // its processes have ended
+  }
+}
+
 /** What devices are like. */
 export interface DeviceOptions {
   /** The core that each is bound to, by its number. Default: all. */
@@ -119,6 +170,7 @@ export class Device {
   readonly #memoryGB: number;
   readonly #core: number | undefined;
   #child: Deno.ChildProcess | undefined;
+  #quota: CpuQuota | undefined;
 
   constructor(index: number, link: Link | undefined, port: number, options: DeviceOptions) {
     this.id = `w${index}`;
@@ -165,6 +217,17 @@ export class Device {
     } catch { /* it has ended */ }
   }
 
+  /** The process's number. */
+  get pid(): number {
+    return this.#child!.pid;
+  }
+
+  /** Bounds the process to a share of a core, or lifts the bound. False where control groups are not this user's to make. */
+  async limit(share: number | undefined): Promise<boolean> {
+    this.#quota ??= await CpuQuota.create(`lutra-${Deno.pid}-${this.id}`);
+    return this.#child !== undefined && await this.#quota?.set(this.#child.pid, share) === true;
+  }
+
   /** Resolves with its exit code. */
   async ended(): Promise<number> {
     return (await this.#child!.status).code;
@@ -173,8 +236,13 @@ export class Device {
   async [Symbol.asyncDispose](): Promise<void> {
     this.kill("SIGKILL"); // ends a stopped process too
     await this.#child?.status;
+    await this.#quota?.[Symbol.asyncDispose]();
     await this.link?.[Symbol.asyncDispose]();
   }
+}
+
+function startServer(port: number): Promise<NatsServer> {
+  return nats.start({ host: "0.0.0.0", port, config: `http: "127.0.0.1:${MONITOR_PORT}"` });
 }
 
 /** What a cluster is made of. */
@@ -195,7 +263,7 @@ export class FaultCluster implements AsyncDisposable {
     options: Partial<EngineOptions> = {},
     devices: DeviceOptions = {},
   ): Promise<FaultCluster> {
-    const cluster = new FaultCluster(await nats.start({ host: "0.0.0.0" }));
+    const cluster = new FaultCluster(await startServer(0));
     try {
       for (let i = 0; i < count; i++) {
         const device = new Device(i, await Link.create(i, devices.delayMs ?? 0), cluster.server.port, devices);
@@ -208,6 +276,14 @@ export class FaultCluster implements AsyncDisposable {
       await cluster[Symbol.asyncDispose]();
       throw error;
     }
+  }
+
+  /** Kills the server and starts another at the same port. */
+  async restartServer(): Promise<void> {
+    const { port } = this.server;
+    this.server.kill("SIGKILL");
+    await this.server.stop();
+    this.server = await startServer(port);
   }
 
   /** Opens the orchestrator's side. */
@@ -235,8 +311,15 @@ export class FaultCluster implements AsyncDisposable {
 
   /** Ends the orchestrator's side without a word to the workers. */
   async shut(): Promise<void> {
+    await this.bus?.close(); // first, so that nobody hears of it
     await this.engine?.close();
-    await this.bus?.close();
+  }
+
+  /** Subscriptions of every client, by its name. */
+  async subscriptions(): Promise<Map<string, number>> {
+    const response = await fetch(`http://127.0.0.1:${MONITOR_PORT}/connz`);
+    const { connections } = connectionsSchema.parse(await response.json());
+    return new Map(connections.map(({ name, subscriptions }) => [name, subscriptions]));
   }
 
   /** The device that holds a stage. */

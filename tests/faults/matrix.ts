@@ -4,8 +4,8 @@
  * @module
  */
 import { startLocalCluster } from "../../cli/local_cluster.ts";
+import { ClusterError } from "../../orchestrator/mod.ts";
 import type { Engine, GenerateRequest } from "../../orchestrator/mod.ts";
-import { nats } from "../nats.ts";
 import { FaultCluster, MODEL } from "./harness.ts";
 
 /** Sums over the runs of one fault. */
@@ -23,8 +23,10 @@ export interface FaultRow {
 
 const STREAMS = 4;
 const TOKENS = 160;
+/** Milliseconds after which an answer counts as never coming. */
+const PATIENCE_MS = 60_000;
 
-function requests(promptTokens: number): GenerateRequest[] {
+export function requests(promptTokens: number): GenerateRequest[] {
   return Array.from({ length: STREAMS }, (_, n) => ({
     promptTokens: Array.from({ length: promptTokens }, (_, i) => 10 + (i * 37 + n * 101) % 900),
     maxTokens: TOKENS,
@@ -33,25 +35,54 @@ function requests(promptTokens: number): GenerateRequest[] {
   }));
 }
 
-async function tokens(engine: Engine, request: GenerateRequest, onToken: () => void = () => {}): Promise<number[]> {
+/** The tokens of an answer. */
+export async function tokens(engine: Engine, request: GenerateRequest): Promise<number[]> {
   const ids: number[] = [];
-  for await (const event of engine.generate(request)) {
-    if (event.type !== "token") continue;
-    ids.push(event.id);
-    onToken();
+  for await (const event of engine.generate(request)) if (event.type === "token") ids.push(event.id);
+  return ids;
+}
+
+/**
+ * A client's view of an answer. When the orchestrator goes down with it, the client asks its successor for the rest: an answer
+ * goes on from its tokens, whoever computes them.
+ */
+export async function received(
+  cluster: FaultCluster,
+  request: GenerateRequest,
+  onToken: () => void,
+): Promise<number[]> {
+  const ids: number[] = [];
+  const deadline = performance.now() + PATIENCE_MS;
+  while (ids.length < TOKENS) {
+    const { engine } = cluster;
+    const promptTokens = [...request.promptTokens, ...ids];
+    try {
+      for await (const event of engine.generate({ ...request, promptTokens, maxTokens: TOKENS - ids.length })) {
+        if (event.type !== "token") continue;
+        ids.push(event.id);
+        onToken();
+      }
+    } catch (error) {
+      if (!(error instanceof ClusterError) || performance.now() > deadline) throw error;
+      while (cluster.engine === engine && performance.now() < deadline) await pause();
+    }
   }
   return ids;
 }
 
-interface Fault {
+const pause = () => new Promise((resolve) => setTimeout(resolve, 10));
+
+export interface Fault {
+  /** Nothing is lost: it must not be noticed. */
+  harmless?: boolean;
   /** Breaks something. */
   act(cluster: FaultCluster): Promise<void> | void;
   /** Makes it whole again for the next run. */
   mend?(cluster: FaultCluster): Promise<void> | void;
   /** Breaks before the first token, while a long prompt is computed. */
   prefill?: boolean;
-  /** Needs a network namespace. */
-  namespaces?: boolean;
+  /** What it needs of the system. */
+  needs?: "namespaces" | "control groups";
 }
 
 /** Starts every device that has ended again. */
@@ -93,20 +124,32 @@ export const FAULTS: Readonly<Record<string, Fault>> = {
       await device.link!.set("down");
     },
     mend: (c) => c.devices.find((device) => device.id === broken[0])!.link!.set("up"),
-    namespaces: true,
+    needs: "namespaces",
+  },
+  "a quarter of the CPU": {
+    act: async (c) => {
+      for (const stage of [0, 1]) await c.holder(stage).limit(stage === 0 ? 0.25 : undefined);
+    },
+    mend: async (c) => {
+      for (const device of c.devices) await device.limit(undefined);
+    },
+    harmless: true,
+    needs: "control groups",
+  },
+  "orchestrator restart": {
+    act: async (c) => {
+      await c.shut();
+      c.events.length = 0; // of the one that is gone
+      await c.open({ workers: 2 });
+    },
   },
   "broker restart": {
-    act: async (c) => {
-      const { port } = c.server;
-      c.server.kill("SIGKILL");
-      await c.server.stop();
-      c.server = await nats.start({ host: "0.0.0.0", port });
-    },
+    act: (c) => c.restartServer(),
   },
 };
 
 /** Resolves when so many workers are there. */
-async function gathered(cluster: FaultCluster, count: number): Promise<void> {
+export async function gathered(cluster: FaultCluster, count: number): Promise<void> {
   const deadline = performance.now() + 60_000;
   const there = () => cluster.engine.clusterStatus().workers.filter(({ state }) => state === "ready").length;
   while (there() < count || cluster.engine.clusterStatus().state !== "serving") {
@@ -129,8 +172,10 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
   await using cluster = await FaultCluster.start(devices);
   for (const [name, fault] of Object.entries(FAULTS)) {
     if (only !== undefined && !only.includes(name)) continue;
-    if (fault.namespaces === true && cluster.devices[0]!.link === undefined) {
-      console.error(`${name}: left out, for want of root or network namespaces`);
+    const [device] = cluster.devices;
+    const able = { "namespaces": device!.link !== undefined, "control groups": await device!.limit(undefined) };
+    if (fault.needs !== undefined && !able[fault.needs]) {
+      console.error(`${name}: left out, for want of root or ${fault.needs}`);
       continue;
     }
     const row: FaultRow = { fault: name, runs, lost: 0, repeated: 0, changed: 0, detect_ms: null, recover_ms: null };
@@ -148,7 +193,7 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
       const wait = 4 + (run * 7) % 40; // tokens before the fault; another moment in every run
       const answers = Promise.all(
         requests(prefill ? 340 : 12).map((request) =>
-          tokens(cluster.engine, request, () => {
+          received(cluster, request, () => {
             if (++seen === wait * STREAMS && !prefill) act();
           })
         ),
@@ -163,7 +208,8 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
         row.changed += ids.filter((id, i) => id !== right[i]).length;
       });
       const noticed = cluster.events.find(({ text }) => text.endsWith(": placing anew"));
-      const went = cluster.events.findLast(({ text }) => text.startsWith("goes on"));
+      const went = cluster.events.findLast(({ text }) => /^goes on|^serves/.test(text));
+      if (fault.harmless === true && noticed !== undefined) throw new Error(`${name}: ${noticed.text}`);
       if (noticed !== undefined) row.detect_ms = Math.max(row.detect_ms ?? 0, Math.round(noticed.at - at));
       if (went !== undefined) row.recover_ms = Math.max(row.recover_ms ?? 0, Math.round(went.at - at));
       await fault.mend?.(cluster);
