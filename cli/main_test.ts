@@ -52,6 +52,17 @@ Deno.test("run: holds a conversation line by line", async () => {
   assert.ok(stdout.length > 0);
 });
 
+Deno.test("run: a model without chat template continues the text, or writes turns plainly, and says so", async () => {
+  const base = fixture("llama-tiny-f16.gguf");
+  const flags = ["--max-tokens", "4", "--seed", "1"];
+  const plain = await lutra(["run", base, "The otter", ...flags]);
+  assert.match(plain.stderr, /warning: the model has no chat template; it continues the text/);
+  assert.ok(plain.stdout.startsWith("The otter"), plain.stdout);
+  const system = await lutra(["run", base, "Hello", "--system", "Be brief.", ...flags]);
+  assert.match(system.stderr, /warning: the model has no chat template; turns are written as `User: …`/);
+  assert.doesNotMatch((await lutra(["run", base, "Hello", "--raw", ...flags])).stderr, /warning/);
+});
+
 Deno.test("inspect: tells of a model, as text and as JSON", async () => {
   const text = await lutra(["inspect", model]);
   assert.equal(text.code, 0, text.stderr);

@@ -124,8 +124,14 @@ function encodeChat(engine: Engine, messages: readonly ChatMessage[]): number[] 
   return bosId !== undefined && tokens[0] === bosId && tokens[1] === bosId ? tokens.slice(1) : tokens;
 }
 
+/** How a conversation is written for a model without chat template. */
+export const FALLBACK_TURNS = "turns are written as `User: …` and `Assistant: …` lines";
+
 async function answerOnce(engine: Engine, text: string, flags: RunFlags): Promise<void> {
   const { tokens, raw } = promptOf(engine, text, flags);
+  if (engine.model.chatTemplate.isFallback && flags.raw !== true) {
+    console.error(`warning: the model has no chat template; ${raw ? "it continues the text" : FALLBACK_TURNS}`);
+  }
   if (flags.json === true) {
     const result = await answer(engine, tokens, flags, () => {});
     console.log(JSON.stringify({ model: engine.model.id, prompt: text, ...result }));

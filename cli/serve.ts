@@ -10,6 +10,7 @@ import { natsAddress, withNatsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
 import { clusterOptions, integer, number, withClusterOptions } from "./options.ts";
 import type { ClusterFlags } from "./options.ts";
+import { FALLBACK_TURNS } from "./run.ts";
 
 interface ServeFlags extends ClusterFlags, NatsFlags {
   workers: number;
@@ -64,7 +65,7 @@ export function addServe(program: Command): void {
     });
     const { engine } = cluster;
     if (engine.model.chatTemplate.isFallback) {
-      console.error("warning: the model has no chat template; turns are written as `User: …` and `Assistant: …` lines");
+      console.error(`warning: the model has no chat template; ${FALLBACK_TURNS}`);
     }
     answer = createApp({
       engine,

@@ -1,7 +1,7 @@
 import { TokenizerError } from "./errors.ts";
 import { mergePieces } from "./merge.ts";
 import type { PreTokenizer } from "./pre_tokenizer.ts";
-import { TokenType, VocabularyTokenizer } from "./tokenizer.ts";
+import { SPACE, TokenType, VocabularyTokenizer } from "./tokenizer.ts";
 import type { Vocabulary } from "./tokenizer.ts";
 
 const encoder = new TextEncoder();
@@ -13,7 +13,6 @@ const ALPHABET: readonly string[] = (() => {
   return Array.from({ length: 256 }, (_, byte) => String.fromCodePoint(printable(byte) ? byte : extra++));
 })();
 const BYTE_OF: ReadonlyMap<string, number> = new Map(ALPHABET.map((character, byte) => [character, byte]));
-const SPACE = "\u2581";
 /** Words whose tokens are remembered. */
 const CACHE_WORDS = 16_384;
 
@@ -84,26 +83,15 @@ export class BpeTokenizer extends VocabularyTokenizer {
     return known;
   }
 
-  tokenBytes(id: number): Uint8Array {
-    this.check(id);
-    const token = this.vocabulary.tokens[id]!;
-    switch (this.vocabulary.types[id]) {
-      case TokenType.control:
-        return new Uint8Array();
-      case TokenType.userDefined:
-        return encoder.encode(token);
-      case TokenType.byte:
-        return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
-      default: {
-        if (!this.#pre.byteLevel) return encoder.encode(token.replaceAll(SPACE, " "));
-        const bytes: number[] = [];
-        for (const character of token) {
-          const byte = BYTE_OF.get(character);
-          if (byte === undefined) return encoder.encode(token); // a token that is not in the alphabet stands for itself
-          bytes.push(byte);
-        }
-        return new Uint8Array(bytes);
-      }
+  protected override spelling(token: string, type: number | undefined): Uint8Array {
+    if (type === TokenType.userDefined) return encoder.encode(token);
+    if (!this.#pre.byteLevel) return encoder.encode(token.replaceAll(SPACE, " "));
+    const bytes: number[] = [];
+    for (const character of token) {
+      const byte = BYTE_OF.get(character);
+      if (byte === undefined) return encoder.encode(token); // a token that is not in the alphabet stands for itself
+      bytes.push(byte);
     }
+    return new Uint8Array(bytes);
   }
 }

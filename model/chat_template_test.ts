@@ -25,6 +25,18 @@ Deno.test("ChatTemplate: a model without one gets a plain one, and says so", asy
   assert.equal(chatTemplate.render(talk), "System: Be brief.\nUser: Hello\nAssistant:");
 });
 
+Deno.test("loadModel: a model whose template is malformed counts as one without, with a warning", async () => {
+  const bytes = Deno.readFileSync(fixture("llama-tiny-f32.gguf"));
+  const at = new TextDecoder("latin1").decode(bytes.subarray(0, 1 << 20)).indexOf("{% endfor %}");
+  bytes.set(new TextEncoder().encode("{% endfox %}"), at);
+  const path = await Deno.makeTempFile({ suffix: ".gguf" });
+  await Deno.writeFile(path, bytes);
+  const { chatTemplate, warnings } = await loadModel(path);
+  assert.ok(chatTemplate.isFallback);
+  assert.match(warnings.join(), /chat template is malformed: .*counts as one without/);
+  await Deno.remove(path);
+});
+
 Deno.test("ChatTemplate: malformed, refusing and failing templates are errors of its own", () => {
   assert.throws(() => new ChatTemplate("{% for x in %}"), ChatTemplateError);
   assert.throws(() => new ChatTemplate("{{ raise_exception('no system') }}").render(talk), /no system/);

@@ -2,7 +2,7 @@ import { basename } from "node:path";
 import { ChatTemplate } from "./chat_template.ts";
 import { describeModel } from "./description.ts";
 import type { ModelDescription } from "./description.ts";
-import { TokenizerError } from "./errors.ts";
+import { ChatTemplateError, TokenizerError } from "./errors.ts";
 import { readGguf } from "./gguf.ts";
 import type { GgufFile } from "./gguf.ts";
 import { isModelFolder, readModelFolder } from "./hugging_face.ts";
@@ -77,11 +77,16 @@ export function loadModel(path: string): Promise<LoadedModel> {
     }
     const metadata = new Metadata(gguf);
     const token = (id: number | undefined) => id === undefined ? undefined : tokenizer.tokenText(id);
-    const chatTemplate = new ChatTemplate(metadata.string("tokenizer.chat_template"), {
-      bos: token(tokenizer.bosId),
-      eos: token([...tokenizer.eosIds][0]),
-    });
-    const { warnings } = tokenizer;
+    const tokens = { bos: token(tokenizer.bosId), eos: token([...tokenizer.eosIds][0]) };
+    const warnings = [...tokenizer.warnings];
+    let chatTemplate: ChatTemplate;
+    try {
+      chatTemplate = new ChatTemplate(metadata.string("tokenizer.chat_template"), tokens);
+    } catch (error) {
+      if (!(error instanceof ChatTemplateError)) throw error;
+      warnings.push(`${error.message}: the model counts as one without`);
+      chatTemplate = new ChatTemplate(undefined, tokens);
+    }
     return {
       path: gguf.path,
       id: basename(path).replace(/\.gguf$/, ""),

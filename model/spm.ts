@@ -1,9 +1,8 @@
 import { TokenizerError } from "./errors.ts";
 import { mergePieces } from "./merge.ts";
-import { TokenType, VocabularyTokenizer } from "./tokenizer.ts";
+import { SPACE, TokenType, VocabularyTokenizer } from "./tokenizer.ts";
 import type { Vocabulary } from "./tokenizer.ts";
 
-const SPACE = "\u2581";
 const encoder = new TextEncoder();
 
 /**
@@ -37,21 +36,6 @@ export class SpmTokenizer extends VocabularyTokenizer {
       else for (const byte of encoder.encode(piece)) out.push(this.#byteId(byte));
     }
     return out;
-  }
-
-  tokenBytes(id: number): Uint8Array {
-    this.check(id);
-    const token = this.vocabulary.tokens[id]!;
-    switch (this.vocabulary.types[id]) {
-      case TokenType.control:
-        return new Uint8Array();
-      case TokenType.byte:
-        return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
-      case TokenType.unknown:
-        return encoder.encode("\u2047");
-      default:
-        return encoder.encode(token.replaceAll(SPACE, " "));
-    }
   }
 
   #byteId(byte: number): number {

@@ -39,6 +39,10 @@ export interface Tokenizer {
   stream(options?: DecodeOptions): TextStream;
 }
 
+/** What stands for a space in vocabularies of characters. */
+export const SPACE = "\u2581";
+const encoder = new TextEncoder();
+
 /** Token types of GGUF's `tokenizer.ggml.token_type`. */
 export const TokenType = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
 
@@ -97,7 +101,6 @@ export abstract class VocabularyTokenizer implements Tokenizer {
 
   /** The ids of a text without special tokens. `first`: nothing stands before it. */
   protected abstract encodeText(text: string, first: boolean): number[];
-  abstract tokenBytes(id: number): Uint8Array;
   /** Whether the decoded text of the first token loses its leading space. */
   abstract readonly stripsLeadingSpace: boolean;
 
@@ -153,6 +156,20 @@ export abstract class VocabularyTokenizer implements Tokenizer {
   tokenText(id: number): string {
     this.check(id);
     return this.vocabulary.tokens[id]!;
+  }
+
+  tokenBytes(id: number): Uint8Array {
+    this.check(id);
+    const token = this.vocabulary.tokens[id]!;
+    const type = this.vocabulary.types[id];
+    if (type === TokenType.control) return new Uint8Array();
+    if (type === TokenType.byte) return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
+    return this.spelling(token, type);
+  }
+
+  /** What a token that stands for text writes: here SentencePiece's spaces, and its mark of what is unknown. */
+  protected spelling(token: string, type: number | undefined): Uint8Array {
+    return encoder.encode(type === TokenType.unknown ? "\u2047" : token.replaceAll(SPACE, " "));
   }
 
   /** Whether it is a control token, which no text contains. */

@@ -2,8 +2,10 @@ import assert from "node:assert/strict";
 import { fixture, shared } from "../tests/data.ts";
 import { randomNumbers, writeGguf } from "../tests/gguf_writer.ts";
 import type { Value } from "../tests/gguf_writer.ts";
+import { readSentencePieceModel } from "../tests/sentencepiece_model.ts";
 import { TokenizerError } from "./errors.ts";
 import { parseGguf, readGguf } from "./gguf.ts";
+import { tokenizerOfJson } from "./hugging_face_tokenizer.ts";
 import { loadModel } from "./load.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 import { tokenizerOf } from "./vocabulary.ts";
@@ -22,6 +24,30 @@ for (const name of ["gpt-2", "falcon", "llama-spm", "phi-3"]) {
         const expected = ids[i]!.trim().split(/\s+/).filter((id) => id !== "").map(Number);
         const encoded = tokenizer.encode(text, { addSpecial: false });
         assert.deepEqual(encoded, expected, JSON.stringify(text));
+        assert.equal(tokenizer.decode(encoded), text);
+      });
+    },
+  });
+}
+
+/** Ids of the same strings by vocabularies that came without them; see `generate_tokenizers.py`. */
+const sharedGolden: Record<string, number[][]> = JSON.parse(Deno.readTextFileSync(fixture("shared-vocab-golden.json")));
+
+for (const [name, ids] of Object.entries(sharedGolden)) {
+  Deno.test({
+    name: `encode: ${name} gives its own library's ids for llama.cpp's test strings, and back`,
+    ignore: shared.absent,
+    fn() {
+      const tokenizer = name === "smollm2"
+        ? tokenizerOfJson(JSON.parse(Deno.readTextFileSync(shared.path("tokenizers/smollm2/tokenizer.json"))))
+        : tokenizerOf(readSentencePieceModel(shared.path(`tokenizers/${name}-tokenizer.model`)));
+      const texts = Deno.readTextFileSync(shared.path("tokenizers/ggml-vocab-gpt-2.gguf.inp"))
+        .split("\n__ggml_vocab_test__\n");
+      assert.ok(texts.length >= 46);
+      assert.equal(ids.length, texts.length);
+      texts.forEach((text, i) => {
+        const encoded = tokenizer.encode(text, { addSpecial: false });
+        assert.deepEqual(encoded, ids[i], JSON.stringify(text));
         assert.equal(tokenizer.decode(encoded), text);
       });
     },

@@ -1,8 +1,7 @@
 import { TokenizerError } from "./errors.ts";
-import { TokenType, VocabularyTokenizer } from "./tokenizer.ts";
+import { SPACE, TokenType, VocabularyTokenizer } from "./tokenizer.ts";
 import type { Vocabulary } from "./tokenizer.ts";
 
-const SPACE = "\u2581";
 /** How much worse an unknown character is than the least probable token, as in SentencePiece. */
 const UNKNOWN_PENALTY = 10;
 /** How much longer a text may become when its characters are replaced; Unicode's NFKC makes up to 18 of one. */
@@ -89,21 +88,6 @@ export class UnigramTokenizer extends VocabularyTokenizer {
     if (removeExtraSpaces) spelt = spelt.replaceAll(/ +/g, " ").replaceAll(/^ | $/g, "");
     if (first && spelt !== "" && this.prefixes(spelt)) spelt = ` ${spelt}`;
     return spelt.replaceAll(" ", SPACE);
-  }
-
-  tokenBytes(id: number): Uint8Array {
-    this.check(id);
-    const token = this.vocabulary.tokens[id]!;
-    switch (this.vocabulary.types[id]) {
-      case TokenType.control:
-        return new Uint8Array();
-      case TokenType.byte:
-        return new Uint8Array([parseInt(token.slice(3, 5), 16)]);
-      case TokenType.unknown:
-        return encoder.encode("\u2047");
-      default:
-        return encoder.encode(token.replaceAll(SPACE, " "));
-    }
   }
 }
 
