@@ -13,7 +13,7 @@ import { dirname, join } from "node:path";
 import { z } from "zod";
 import { bytes } from "../inspect.ts";
 import { HubError } from "./errors.ts";
-import { FOLDER_WEIGHTS, referenceText, repoFolder } from "./reference.ts";
+import { FOLDER_INDEX, FOLDER_WEIGHTS, referenceText, repoFolder } from "./reference.ts";
 import type { HubReference } from "./reference.ts";
 
 const DEFAULT_ENDPOINT = "https://huggingface.co";
@@ -22,11 +22,10 @@ const MAX_LISTED = 100_000;
 /** Attempts in a row that bring no byte before giving up. */
 const MAX_FRUITLESS = 5;
 
-/** What a folder with safetensors is made of; the weights come last, so that they are there only when all is. */
-const FOLDER_FILES: readonly string[] = [
+/** What a folder with safetensors has beside its weights. */
+const FOLDER_FILES: ReadonlySet<string> = new Set([
   ...["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
-  FOLDER_WEIGHTS,
-];
+]);
 
 /** Options of {@linkcode HubClient}. */
 export interface HubOptions {
@@ -113,13 +112,17 @@ export class HubClient {
     }
     const [only] = models;
     if (only !== undefined) return [{ ...reference, file: only.path }];
-    const there = FOLDER_FILES.filter((name) => files.some(({ path }) => path === name));
-    if (!there.includes(FOLDER_WEIGHTS) || !there.includes("config.json")) {
+    const paths = files.map(({ path }) => path);
+    const beside = paths.filter((path) => FOLDER_FILES.has(path));
+    // What makes the folder a model comes last, so that it is there only when all is.
+    const last = [FOLDER_WEIGHTS, FOLDER_INDEX].find((path) => paths.includes(path));
+    if (last === undefined || !beside.includes("config.json")) {
       throw new HubError(
         `${referenceText(reference)} has neither a GGUF file nor ${FOLDER_WEIGHTS} with its config.json`,
       );
     }
-    return there.map((file) => ({ ...reference, file }));
+    const parts = last === FOLDER_INDEX ? paths.filter((path) => /^[^/]+-of-\d+\.safetensors$/.test(path)).sort() : [];
+    return [...beside, ...parts, last].map((file) => ({ ...reference, file }));
   }
 
   /**

@@ -259,6 +259,24 @@ Deno.test("pull: safetensors come with what belongs to them, and are no model be
     assert.deepEqual(names, ["config.json", "model.safetensors", "tokenizer.json"]);
   }));
 
+Deno.test("pull: safetensors in several files come before the index that names them", () =>
+  withHub(async (hub, cache, pull) => {
+    hub.files.clear();
+    const parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    hub.files.set("model.safetensors.index.json", { data: content(90, 5), large: false });
+    for (const name of ["config.json", "tokenizer.json"]) hub.files.set(name, { data: content(90, 5), large: false });
+    hub.files.set("original/consolidated-00001-of-00002.safetensors", { data: content(9, 5), large: true });
+    for (const [i, name] of parts.entries()) hub.files.set(name, { data: content(50_000, i), large: true });
+    hub.mischief = { cuts: [50_000, 100, 0, 0, 0, 0, 0, 0] };
+    await assert.rejects(pull("hf:otters/tiny"), says(/cannot be reached/));
+    assert.throws(() => modelPath("hf:otters/tiny", () => cache), says(/is not here yet/));
+    hub.mischief = {};
+    const folder = join(await pull("hf:otters/tiny"), "..");
+    assert.equal(modelPath("hf:otters/tiny", () => cache), folder);
+    const names = [...Deno.readDirSync(folder)].map(({ name }) => name).sort();
+    assert.deepEqual(names, ["config.json", ...parts, "model.safetensors.index.json", "tokenizer.json"]);
+  }));
+
 Deno.test({
   name: "pull: a full disk is said, and what has come stays",
   ignore: Deno.build.os !== "linux", // /dev/full

@@ -13,6 +13,8 @@ export interface HubReference {
 
 /** The weights of a folder with safetensors. */
 export const FOLDER_WEIGHTS = "model.safetensors";
+/** Where they are in several files: which tensor is in which. */
+export const FOLDER_INDEX = `${FOLDER_WEIGHTS}.index.json`;
 
 /** Whether a command line's model is one on a hub. */
 export function isHubReference(text: string): boolean {
@@ -74,7 +76,8 @@ export function modelPath(text: string, cache: () => string = cacheFolder): stri
       `${text} has several files here: ${files.map((file) => referenceText({ ...reference, file })).join(", ")}`,
     );
   }
-  if (reference.file === undefined && files.length === 0 && isFile(join(folder, FOLDER_WEIGHTS))) return folder;
+  const isFolder = [FOLDER_WEIGHTS, FOLDER_INDEX].some((name) => isFile(join(folder, name)));
+  if (reference.file === undefined && files.length === 0 && isFolder) return folder;
   const path = files[0] === undefined ? undefined : join(folder, files[0]);
   if (path === undefined || !isFile(path)) {
     throw new HubError(`${text} is not here yet: fetch it with \`pull ${text}\` first`);
