@@ -2,7 +2,8 @@ import { BusError, clusterSubjects, controlReplySchema, decodeJson, encodeJson }
 import type { Bus, Hello, Loading, Shard, Stage, Subscription, WeightsRef } from "../bus/mod.ts";
 import { ClusterError, LoadError, PlacementError } from "./errors.ts";
 import { Membership } from "./membership.ts";
-import { LONGEST_MS, Pipeline } from "./pipeline.ts";
+import { LONGEST_MS } from "./longest.ts";
+import { Pipeline } from "./pipeline.ts";
 import { Telemetry } from "./telemetry.ts";
 import { place, slowestStage } from "./placement.ts";
 import type { ModelCost, PlacedStage } from "./placement.ts";

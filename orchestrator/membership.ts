@@ -10,6 +10,7 @@ import {
 } from "../bus/mod.ts";
 import type { Bus, Hello, Subscription } from "../bus/mod.ts";
 import { ClusterError } from "./errors.ts";
+import { LONGEST_MS } from "./longest.ts";
 
 /** The C ABI version of the workers that this orchestrator works with. */
 export const WORKER_ABI_VERSION = 2;
@@ -142,7 +143,7 @@ export class Membership {
         reject(signal?.reason);
       };
       if (signal?.aborted === true) return reject(signal.reason);
-      const timer = setTimeout(done, timeoutMs);
+      const timer = setTimeout(done, Math.min(timeoutMs, LONGEST_MS));
       signal?.addEventListener("abort", abort, { once: true });
       this.#changed.push(done);
     });

@@ -22,6 +22,7 @@ import type {
   WireMessage,
 } from "../bus/mod.ts";
 import { ClusterError, LoadError } from "./errors.ts";
+import { LONGEST_MS } from "./longest.ts";
 import type { PlacedStage } from "./placement.ts";
 
 /** What the scheduler needs of a pipeline. */
@@ -67,8 +68,6 @@ export interface PipelineOptions {
 
 /** The kernel library's code for a position after the sequence's end: a message was lost. */
 const SEQUENCE_GAP = -7;
-/** As long as a timer can wait: for what ends by a signal. */
-export const LONGEST_MS = 2 ** 31 - 1;
 /** Milliseconds that a worker may take to close its shards. */
 const UNLOAD_TIMEOUT_MS = 10_000;
 

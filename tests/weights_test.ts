@@ -7,6 +7,7 @@ import type { NatsServer } from "../bus/mod.ts";
 import { startLocalCluster } from "../cli/local_cluster.ts";
 import { loadModel } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
+import { createApp } from "../orchestrator/api/mod.ts";
 import { Engine, shardOf } from "../orchestrator/mod.ts";
 import type { EngineOptions } from "../orchestrator/mod.ts";
 import { CHUNK_BYTES, ChunkFile, chunksOf, hashFile, WeightSource } from "../weights/mod.ts";
@@ -117,7 +118,7 @@ class Site implements AsyncDisposable {
   async serve(options: Partial<EngineOptions> = {}): Promise<Engine> {
     // Under this path no worker has it.
     const model = { ...this.model, path: "/nowhere/model.gguf" };
-    return this.engine = await Engine.start({
+    const engine = this.engine = await Engine.open({
       bus: this.bus,
       model,
       cluster: "lutra",
@@ -132,6 +133,8 @@ class Site implements AsyncDisposable {
       log: (text) => this.logs.push(text),
       ...options,
     });
+    await engine.ready;
+    return engine;
   }
 
   /** The chunks of some of the layers. */
@@ -160,6 +163,20 @@ async function answers(engine: Engine, count = 3): Promise<number[][]> {
     }
     return ids;
   }));
+}
+
+/** What the API tells of the state, to a probe and to a client. */
+async function apiState(engine: Engine): Promise<string> {
+  const app = createApp({ engine, onError: () => {} });
+  const health = await app.request("/healthz");
+  const { status, devices = [] } = await health.json();
+  const shown = devices.map((device: Record<string, unknown>) =>
+    `${device["id"]} ${device["phase"]} ${device["progress"]} ${device["eta_seconds"]}`
+  );
+  const response = await app.request("/v1/completions", { method: "POST", body: '{"prompt":"a"}' });
+  const { error } = await response.json();
+  return `${health.status} ${status}; ${shown.join(", ")}; retry ${health.headers.get("retry-after")}; ` +
+    `${error?.code} ${response.headers.get("retry-after")}`;
 }
 
 async function expected(path: string): Promise<number[][]> {
@@ -230,17 +247,21 @@ test("a transfer goes on where the worker or the source was killed; damage is fo
     // The source goes, and comes again elsewhere.
     [Math.floor(share.length / 2), () => void site.withdraw().then(() => site.offer())],
   ]);
+  const states: Promise<string>[] = [];
   site.onWish = (total) => {
     acts.get(total)?.();
     acts.delete(total);
+    if (total % 8 === 0) states.push(apiState(site.engine!));
   };
-  const seen: string[] = [];
-  const engine = await site.serve({
-    onLoading: (_, workers) => seen.push(...workers.map(({ phase, etaMs }) => `${phase} ${etaMs !== null}`)),
-  });
+  const engine = await site.serve();
   assert.equal(acts.size, 0);
   assert.deepEqual(await answers(engine), right);
-  assert(seen.includes("fetching true"), "progress with the time that is left");
+  // While it loads the API says so, how far each device is, and when to ask again.
+  const told = (await Promise.all(states)).filter((text) => text.startsWith("503 loading"));
+  assert(
+    told.some((text) => /^503 loading; a fetching 0\.\d+ \d+; retry \d+; model_loading \d+/.test(text)),
+    told.join("\n"),
+  );
   const twice = [...site.wishes.values()].filter((times) => times > 1).length;
   assert.equal(site.wishes.size, share.length);
   assert(twice <= 8, `${twice} chunks were asked for twice; only those on their way may be`);

@@ -176,7 +176,11 @@ export class WeightStore {
 
   /** The device's own file, if it may be the one that is meant. */
   async #own(path: string, manifest: Manifest): Promise<ChunkFile | undefined> {
-    if (!existsSync(path)) return undefined;
+    try {
+      if (!existsSync(path)) return undefined;
+    } catch {
+      return undefined; // Deno may not look there
+    }
     try {
       return await ChunkFile.open(path, manifest, this.#options.cache, "own");
     } catch (error) {
