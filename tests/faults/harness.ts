@@ -1,15 +1,21 @@
 /**
  * A cluster of processes to break: a real nats-server, workers started as a user starts them, each in a network namespace of its own
- * (veth, 1 Gbit/s by tbf) where root and iproute2 allow it, and an engine in this process. Everything started here ends with it.
+ * (veth, 1 Gbit/s by tbf) where root and iproute2 allow it, and an engine in this process. Workers do not have the model's file:
+ * they fetch their layers. Everything started here ends with it.
  *
  * @module
  */
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { z } from "zod";
 import { NatsBus } from "../../bus/mod.ts";
 import type { NatsServer } from "../../bus/mod.ts";
 import { loadModel } from "../../model/mod.ts";
 import { Engine } from "../../orchestrator/mod.ts";
 import type { EngineOptions } from "../../orchestrator/mod.ts";
+import { ChunkFile, hashFile, WeightSource } from "../../weights/mod.ts";
+import type { Manifest } from "../../weights/mod.ts";
 import { repoPath } from "../data.ts";
 import { nats } from "../nats.ts";
 
@@ -169,6 +175,7 @@ export class Device {
   readonly #port: number;
   readonly #memoryGB: number;
   readonly #core: number | undefined;
+  readonly #cache = mkdtempSync(join(tmpdir(), "lutra-device-"));
   #child: Deno.ChildProcess | undefined;
   #quota: CpuQuota | undefined;
 
@@ -204,6 +211,7 @@ export class Device {
     this.#child = new Deno.Command(command!, {
       args,
       cwd: repoPath(),
+      env: { LUTRA_CACHE: this.#cache },
       stdin: "null",
       stdout: "null",
       stderr: Deno.env.has("LUTRA_FAULTS_LOG") ? "inherit" : "null",
@@ -228,6 +236,11 @@ export class Device {
     return this.#child !== undefined && await this.#quota?.set(this.#child.pid, share) === true;
   }
 
+  /** Deletes the weights that it fetched: who is to load them next fetches them again. */
+  forget(): void {
+    rmSync(join(this.#cache, "fetched"), { recursive: true, force: true });
+  }
+
   /** Resolves with its exit code. */
   async ended(): Promise<number> {
     return (await this.#child!.status).code;
@@ -236,6 +249,7 @@ export class Device {
   async [Symbol.asyncDispose](): Promise<void> {
     this.kill("SIGKILL"); // ends a stopped process too
     await this.#child?.status;
+    rmSync(this.#cache, { recursive: true });
     await this.#quota?.[Symbol.asyncDispose]();
     await this.link?.[Symbol.asyncDispose]();
   }
@@ -253,6 +267,12 @@ export class FaultCluster implements AsyncDisposable {
   engine!: Engine;
   /** What the deployment told, with the time. */
   readonly events: { at: number; text: string }[] = [];
+  /** Milliseconds that the source of weights takes for a chunk. */
+  chunkMs = 0;
+  readonly #cache = mkdtempSync(join(tmpdir(), "lutra-source-"));
+  #manifest!: Manifest;
+  #source: WeightSource | undefined;
+  #sourceBus: NatsBus | undefined;
 
   private constructor(server: NatsServer) {
     this.server = server;
@@ -265,6 +285,7 @@ export class FaultCluster implements AsyncDisposable {
   ): Promise<FaultCluster> {
     const cluster = new FaultCluster(await startServer(0));
     try {
+      await cluster.#offer();
       for (let i = 0; i < count; i++) {
         const device = new Device(i, await Link.create(i, devices.delayMs ?? 0), cluster.server.port, devices);
         cluster.devices.push(device);
@@ -278,6 +299,23 @@ export class FaultCluster implements AsyncDisposable {
     }
   }
 
+  /** Gives chunks of the bundled model, on a connection of its own: the orchestrator may end. */
+  async #offer(): Promise<void> {
+    this.#manifest = await hashFile(MODEL);
+    const file = await ChunkFile.open(MODEL, this.#manifest, this.#cache, "own");
+    file.trust();
+    const read = file.read.bind(file);
+    file.read = async (chunk) => {
+      await new Promise((resolve) => setTimeout(resolve, this.chunkMs));
+      return await read(chunk);
+    };
+    const bus = this.#sourceBus = await NatsBus.connect({
+      servers: `127.0.0.1:${this.server.port}`,
+      onError: () => {},
+    });
+    this.#source = new WeightSource({ bus, cluster: "lutra", id: "source", file });
+  }
+
   /** Kills the server and starts another at the same port. */
   async restartServer(): Promise<void> {
     const { port } = this.server;
@@ -288,11 +326,17 @@ export class FaultCluster implements AsyncDisposable {
 
   /** Opens the orchestrator's side. */
   async open(options: Partial<EngineOptions> = {}): Promise<void> {
-    const { model = await loadModel(MODEL), ...rest } = options;
+    const { root, bytes } = this.#manifest;
+    // The bundled model is under a path that no worker has.
+    const bundled = async () => ({
+      model: { ...await loadModel(MODEL), path: "/nowhere.gguf" },
+      weights: { root, bytes },
+    });
+    const { model, ...rest } = options;
     this.bus = await NatsBus.connect({ servers: `127.0.0.1:${this.server.port}`, onError: () => {} });
     this.engine = await Engine.start({
       bus: this.bus,
-      model,
+      ...(model === undefined ? await bundled() : { model }),
       cluster: "lutra",
       shards: 2,
       context: 512,
@@ -330,6 +374,9 @@ export class FaultCluster implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.shut();
+    await this.#source?.close();
+    await this.#sourceBus?.close();
+    rmSync(this.#cache, { recursive: true });
     for (const device of this.devices) await device[Symbol.asyncDispose]();
     await this.server.stop();
   }

@@ -108,6 +108,23 @@ export const FAULTS: Readonly<Record<string, Fault>> = {
   "SIGKILL of the first stage": { act: (c) => strike(c, "SIGKILL", 0), mend },
   "SIGKILL of the last stage": { act: (c) => strike(c, "SIGKILL", 1), mend },
   "SIGKILL in prefill": { act: (c) => strike(c, "SIGKILL", 1), mend, prefill: true },
+  "SIGKILL in weight transfer": {
+    act: async (c) => {
+      for (const device of c.devices) device.forget();
+      c.chunkMs = 100;
+      strike(c, "SIGKILL", 0);
+      // Who fetches the lost layers is lost as well.
+      const fetching = () => c.engine.state.loading.find(({ phase }) => phase === "fetching");
+      for (const deadline = performance.now() + 20_000; fetching() === undefined; await pause()) {
+        if (performance.now() > deadline) throw new Error("nobody fetches weights");
+      }
+      const { worker } = fetching()!;
+      broken.push(worker);
+      c.devices.find((device) => device.id === worker)!.kill("SIGKILL");
+      c.chunkMs = 0;
+    },
+    mend,
+  },
   "SIGSTOP": { act: (c) => strike(c, "SIGSTOP", 1), mend: (c) => c.devices.forEach((d) => d.kill("SIGCONT")) },
   "SIGTERM": { act: (c) => strike(c, "SIGTERM", 0), mend },
   "two losses at once": { act: (c) => strike(c, "SIGKILL", 0, 1), mend },
