@@ -56,6 +56,8 @@ export interface EngineOptions {
   maxRunning?: number;
   /** Most requests waiting besides. @default {256} */
   maxQueued?: number;
+  /** Most answers whose keys and values stay cached, for requests that begin with the same tokens. @default {32} */
+  maxKept?: number;
   /** Milliseconds to wait for workers. @default {10000} */
   workerTimeoutMs?: number;
   /** Wait on when the model does not fit the workers at first, or one cannot load it: others may come. @default {false} */
@@ -426,6 +428,7 @@ function checkOptions({ bus, model, ...options }: EngineOptions): Settings {
       maxBatch: integer("maxBatch", options.maxBatch ?? 256, 1, 1 << 16),
       maxRunning: integer("maxRunning", options.maxRunning ?? 64, 1),
       maxQueued: integer("maxQueued", options.maxQueued ?? 256, 0),
+      maxKept: integer("maxKept", options.maxKept ?? 32, 0),
       maxPayload: bus.maxPayload,
       hiddenBytes,
       vocab: hyper.vocab,

@@ -32,6 +32,8 @@ export interface SchedulerOptions {
   maxRunning: number;
   /** Most jobs waiting for a place. */
   maxQueued: number;
+  /** Most sequences that stay in the KV cache after their end, for jobs that begin with the same tokens. */
+  maxKept: number;
   /** Bytes of a message, and of a token's hidden state in one. */
   maxPayload: number;
   hiddenBytes: number;
@@ -47,11 +49,16 @@ export interface SchedulerStats {
   inFlight: number;
   kvBlocksTotal: number;
   kvBlocksUsed: number;
+  /** Sequences that stay in the KV cache after their end, and their blocks; they make room when it is needed. */
+  kept: number;
+  kvBlocksKept: number;
   /** Micro-batches sent. */
   steps: number;
   /** Tokens computed in chunks, and one by one. */
   prefillTokens: number;
   decodeTokens: number;
+  /** Tokens of prompts that were in the KV cache already. */
+  reusedTokens: number;
   /** Sequences that had to make room and were computed anew. */
   preemptions: number;
 }
@@ -61,10 +68,15 @@ const PREFILL_BESIDE_DECODE = 64;
 /** So many micro-batches may leave out waiting prefill for want of room. */
 const PREFILL_PATIENCE = 4;
 
+/** A kept sequence is worth its place to a job that has so many tokens in common with it … */
+const LEAST_REUSED = 16;
+/** … and this share of it: the rest, which others might go on with, is lost. */
+const REUSED_SHARE = 0.5;
 /** Prompts are cut in so many chunks for each stage, so that a pipeline fills and empties in a small part of their time … */
 const CHUNKS_PER_STAGE = 6;
 /** … as far as chunks keep so many tokens: kernels do more with tokens that come together. */
 const LEAST_CHUNK = 32;
+const CHUNK_STEP = 16;
 
 interface Sequence {
   readonly job: Job;
@@ -72,13 +84,21 @@ interface Sequence {
   readonly age: number;
   /** Its number on the workers while it runs; a fresh one after every preemption. */
   seq: number;
-  /** Tokens sent to the workers. */
+  /** Tokens sent to the workers, and those of them that were there before it began. */
   computed: number;
+  reused: number;
   blocks: number;
   /** Micro-batches on their way that hold some of its tokens. */
   inFlight: number;
   /** Micro-batch it was last part of. */
   lastStep: number;
+}
+
+/** A sequence that has ended, as it lies in the KV cache. */
+interface Kept {
+  readonly seq: number;
+  readonly tokens: readonly number[];
+  readonly blocks: number;
 }
 
 interface Step {
@@ -93,6 +113,9 @@ interface Step {
  * With N stages, at most N micro-batches hold decoding sequences, and each at most an N-th of them, so that all stages are
  * busy; only while nothing decodes is one more sent. KV blocks are counted here: no stage is ever asked for more than it has.
  * When blocks run out the youngest sequence gives way. It loses nothing but time, as it is its token ids.
+ *
+ * A sequence that has ended stays in the KV cache until the room is needed: a job that begins with its tokens, as the next
+ * turn of a conversation does, goes on from there.
  */
 export class Scheduler {
   #runner: StepRunner;
@@ -102,6 +125,8 @@ export class Scheduler {
   #running: Sequence[] = [];
   readonly #bySeq = new Map<number, Sequence>();
   readonly #byJob = new Map<Job, Sequence>();
+  /** Those that ended longest ago first. */
+  readonly #kept: Kept[] = [];
   readonly #steps = new Set<Step>();
   #usedBlocks = 0;
   #nextAge = 0;
@@ -110,7 +135,7 @@ export class Scheduler {
   #starved = 0;
   #paused = false;
   #closed: Error | undefined;
-  #counts = { steps: 0, prefillTokens: 0, decodeTokens: 0, preemptions: 0 };
+  #counts = { steps: 0, prefillTokens: 0, decodeTokens: 0, reusedTokens: 0, preemptions: 0 };
 
   constructor(runner: StepRunner, options: SchedulerOptions) {
     this.#runner = runner;
@@ -129,9 +154,15 @@ export class Scheduler {
       waiting: this.#waiting.length,
       inFlight: this.#steps.size,
       kvBlocksTotal: this.#runner.kvBlocks,
-      kvBlocksUsed: this.#usedBlocks,
+      kvBlocksUsed: this.#usedBlocks - this.#keptBlocks,
+      kept: this.#kept.length,
+      kvBlocksKept: this.#keptBlocks,
       ...this.#counts,
     };
+  }
+
+  get #keptBlocks(): number {
+    return this.#kept.reduce((sum, { blocks }) => sum + blocks, 0);
   }
 
   /**
@@ -141,7 +172,16 @@ export class Scheduler {
    */
   add(job: Job): void {
     if (this.#closed !== undefined) throw this.#closed;
-    const sequence: Sequence = { job, age: this.#nextAge++, seq: 0, computed: 0, blocks: 0, inFlight: 0, lastStep: -1 };
+    const sequence: Sequence = {
+      job,
+      age: this.#nextAge++,
+      seq: 0,
+      computed: 0,
+      reused: 0,
+      blocks: 0,
+      inFlight: 0,
+      lastStep: -1,
+    };
     this.#waiting.push(sequence);
     this.#byJob.set(job, sequence);
     this.#admit();
@@ -157,6 +197,7 @@ export class Scheduler {
   cancel(job: Job): void {
     const sequence = this.#byJob.get(job);
     if (sequence === undefined) return;
+    if (sequence.seq !== 0) this.#keep(sequence);
     this.#forget(sequence);
     this.#wake();
   }
@@ -181,6 +222,7 @@ export class Scheduler {
     if (this.#paused) return;
     this.#paused = true;
     for (const sequence of [...this.#running].reverse()) this.#suspend(sequence);
+    while (this.#kept.length > 0) this.#dropKept();
     this.#steps.clear();
   }
 
@@ -233,12 +275,41 @@ export class Scheduler {
         continue;
       }
       if (promised + blocks > kvBlocks) return;
-      promised += blocks;
       this.#waiting.shift();
-      next.seq = this.#nextSeq++;
+      if (!this.#reuse(next, kvBlocks - promised)) next.seq = this.#nextSeq++;
+      promised += Math.max(next.blocks, blocks);
       this.#bySeq.set(next.seq, next);
       insert(this.#running, next);
     }
+  }
+
+  /** Lets a job go on with the kept sequence that has most of its tokens, if that is worth it and has at most `most` blocks. */
+  #reuse(sequence: Sequence, most: number): boolean {
+    const { tokens, sample } = sequence.job;
+    if (sample === undefined) return false; // all its logits are wanted
+    let best: Kept | undefined;
+    let common = LEAST_REUSED - 1;
+    for (const kept of this.#kept) {
+      // One token at least is computed: the next is sampled after it.
+      const length = Math.min(commonLength(kept.tokens, tokens), tokens.length - 1);
+      if (length <= common || length < REUSED_SHARE * kept.tokens.length || kept.blocks > most) continue;
+      [best, common] = [kept, length];
+    }
+    if (best === undefined) return false;
+    this.#kept.splice(this.#kept.indexOf(best), 1);
+    // The workers cut it to the first token that is computed.
+    sequence.seq = best.seq;
+    sequence.blocks = best.blocks;
+    sequence.computed = sequence.reused = common;
+    this.#counts.reusedTokens += common;
+    return true;
+  }
+
+  /** Frees the kept sequence that ended longest ago. */
+  #dropKept(): void {
+    const kept = this.#kept.shift()!;
+    this.#usedBlocks -= kept.blocks;
+    this.#runner.release([kept.seq]);
   }
 
   /** Blocks for a sequence's tokens and the one to come. */
@@ -281,8 +352,9 @@ export class Scheduler {
   #chunk(prefills: readonly Sequence[]): number {
     const { stages } = this.#runner;
     if (stages === 1) return Infinity;
-    const tokens = prefills.reduce((sum, { job }) => sum + job.tokens.length, 0);
-    return Math.max(1, Math.ceil(tokens / (CHUNKS_PER_STAGE * stages) / LEAST_CHUNK)) * LEAST_CHUNK;
+    const tokens = prefills.reduce((sum, { job, reused }) => sum + job.tokens.length - reused, 0);
+    const even = Math.ceil(tokens / (CHUNKS_PER_STAGE * stages));
+    return Math.max(LEAST_CHUNK, Math.ceil(even / CHUNK_STEP) * CHUNK_STEP);
   }
 
   /** Fills the batch with chunks of prompts, those served longest ago first. */
@@ -303,6 +375,10 @@ export class Scheduler {
     const { blockTokens, kvBlocks } = this.#runner;
     const blocks = () => Math.ceil((sequence.computed + tokens) / blockTokens) - sequence.blocks;
     while (blocks() > kvBlocks - this.#usedBlocks) {
+      if (this.#kept.length > 0) {
+        this.#dropKept();
+        continue;
+      }
       const youngest = this.#running.findLast((other) => other.blocks > 0 && !batch.has(other));
       if (youngest !== undefined && youngest.age > sequence.age) {
         this.#suspend(youngest);
@@ -385,7 +461,9 @@ export class Scheduler {
     } catch (error) {
       return this.#fail(sequence, error as Error);
     }
-    if (goOn !== true) this.#forget(sequence);
+    if (goOn === true) return;
+    this.#keep(sequence);
+    this.#forget(sequence);
   }
 
   /** A stage failed, or was not heard of: the requests of the micro-batch fail. */
@@ -400,6 +478,17 @@ export class Scheduler {
   #fail(sequence: Sequence, error: Error): void {
     this.#forget(sequence);
     sequence.job.onError(error);
+  }
+
+  /** Leaves an ended sequence in the KV cache. */
+  #keep(sequence: Sequence): void {
+    const { job, seq, computed, blocks, inFlight } = sequence;
+    if (inFlight > 0 || computed < LEAST_REUSED || this.#options.maxKept === 0) return;
+    this.#kept.push({ seq, tokens: job.tokens.slice(0, computed), blocks });
+    this.#bySeq.delete(seq);
+    this.#running = this.#running.filter((other) => other !== sequence);
+    sequence.seq = 0;
+    if (this.#kept.length > this.#options.maxKept) this.#dropKept();
   }
 
   /** Ends a sequence here and on the workers. */
@@ -423,7 +512,7 @@ export class Scheduler {
     this.#runner.release([sequence.seq]);
     sequence.seq = 0;
     sequence.blocks = 0;
-    sequence.computed = 0;
+    sequence.computed = sequence.reused = 0;
     sequence.inFlight = 0;
   }
 }
@@ -494,6 +583,14 @@ class BatchRoom {
 
 function remaining(sequence: Sequence): number {
   return sequence.job.tokens.length - sequence.computed;
+}
+
+/** How many tokens two sequences begin with in common. */
+function commonLength(a: readonly number[], b: readonly number[]): number {
+  const most = Math.min(a.length, b.length);
+  let length = 0;
+  while (length < most && a[length] === b[length]) length++;
+  return length;
 }
 
 /** Whether nothing but its newest token is to be computed, or it waits for the next. */

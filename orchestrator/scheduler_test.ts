@@ -73,6 +73,7 @@ function scheduler(runner: StepRunner, options: Partial<SchedulerOptions> = {}):
     maxBatch: 16,
     maxRunning: 100,
     maxQueued: 100,
+    maxKept: 0,
     maxPayload: 1 << 20,
     hiddenBytes: 16,
     vocab: 1000,
@@ -319,4 +320,65 @@ Deno.test("Scheduler: logits come for every position, in chunks that fit the res
   });
   assert.deepEqual(await finish(runner), [["1@0+4"], ["1@4+4"], ["1@8+3"]]);
   assert.deepEqual([seen, done], [range(0, 11), 1]);
+});
+
+Deno.test("Scheduler: a job goes on with the kept sequence that has most of its tokens; kept ones make room, the oldest first", async () => {
+  const runner = new ManualRunner(2, 20); // of 4 tokens
+  const s = scheduler(runner, { maxKept: 2 });
+  const first = job(20, 3); // then 20, 21 and 22
+  s.add(first);
+  await finish(runner);
+  assert.deepEqual([s.stats.kept, s.stats.kvBlocksKept, s.stats.kvBlocksUsed, runner.released], [1, 6, 0, []]);
+  // The last token sampled was never computed.
+  const next = { ...job(0, 1), tokens: [...first.tokens, 5, 5] };
+  s.add(next);
+  assert.deepEqual(await finish(runner), [["1@22+3"]]);
+  assert.equal(s.stats.reusedTokens, 22);
+  // Without a token of its own: the last of all is computed again.
+  s.add({ ...job(0, 1), tokens: first.tokens.slice(0, 20) });
+  assert.deepEqual(await finish(runner), [["1@19+1"]]);
+  assert.deepEqual([s.stats.kept, s.stats.kvBlocksKept], [1, 5]);
+  // Others have nothing in common with it; there may be two.
+  for (const token of [2, 3]) {
+    s.add({ ...job(0, 1), tokens: new Array(16).fill(token) });
+    await finish(runner);
+  }
+  assert.deepEqual([s.stats.kept, runner.released], [2, [1]]);
+  // All the room is wanted.
+  const large = job(70, 2);
+  s.add(large);
+  await finish(runner);
+  assert.deepEqual(large.errors, []);
+  assert.deepEqual([s.stats.kept, s.stats.kvBlocksUsed, runner.released], [1, 0, [1, 2, 3]]);
+  assert.equal(s.stats.preemptions, 0);
+  // A pipeline that is replaced has none.
+  s.replace(new ManualRunner(2, 20));
+  assert.deepEqual([s.stats.kept, s.stats.kvBlocksKept], [0, 0]);
+});
+
+Deno.test("Scheduler: two jobs that begin as a kept sequence do not share it, and a long one is not lost to a short one", async () => {
+  const runner = new ManualRunner(1, 100);
+  const s = scheduler(runner, { maxKept: 4 });
+  s.add(job(32, 1));
+  await finish(runner);
+  s.add(job(40, 1));
+  s.add(job(40, 1));
+  const steps = (await finish(runner)).flat();
+  assert(steps.includes("1@32+8"), steps.join(" "));
+  assert.deepEqual(steps.filter((step) => step.startsWith("1@")), ["1@32+8"]);
+  assert(steps.some((step) => step.startsWith("2@0+")), steps.join(" "));
+  s.add({ ...job(0, 1), tokens: [...new Array(18).fill(1), 7] });
+  assert.deepEqual((await finish(runner)).flat(), ["3@0+16", "3@16+3"]);
+});
+
+Deno.test("Scheduler: what is cancelled while it is computed is not kept, what rests is", async () => {
+  const runner = new ManualRunner(1, 100);
+  const s = scheduler(runner, { maxKept: 4 });
+  const a = job(16, 9);
+  s.add(a);
+  await turn();
+  s.cancel(a);
+  assert.deepEqual([s.stats.kept, runner.released], [0, [1]]);
+  await finish(runner);
+  assert.equal(s.stats.kvBlocksUsed, 0);
 });

@@ -9,6 +9,7 @@ function random(seed: number): (n: number) => number {
   };
 }
 
+const COMMON = Array.from({ length: 100 }, (_, i) => (i * 31) % VOCAB);
 const pause = () => new Promise<void>((resolve) => setTimeout(resolve, 0));
 
 for (const shards of [1, 2, 5]) {
@@ -27,7 +28,10 @@ for (const shards of [1, 2, 5]) {
     let cancelled = 0;
     const one = async (n: number) => {
       const next = random(100 * shards + n);
-      const promptTokens = Array.from({ length: 1 + next(100) }, () => next(VOCAB));
+      const own = Array.from({ length: 1 + next(100) }, () => next(VOCAB));
+      // Some begin alike, so that what is kept of one is of use to another.
+      const alike = n % 3 > 0 ? 0 : next(own.length);
+      const promptTokens = [...COMMON.slice(0, alike), ...own.slice(alike)];
       const maxTokens = 1 + next(160 - promptTokens.length);
       const seed = next(2) ? BigInt(next(1 << 20)) : undefined;
       const expected = continuation(promptTokens, maxTokens, seed);
@@ -76,6 +80,7 @@ for (const shards of [1, 2, 5]) {
     }
     const stats = t.engine.stats();
     assert(stats.preemptions > 0, "the KV cache was never short: the test shows nothing");
+    assert(stats.reusedTokens > 100, `${stats.reusedTokens} tokens were there already`);
     assert(cancelled > 20, `${cancelled} cancelled`);
     await t.end();
   });

@@ -31,7 +31,7 @@ interface Count {
   /** Bytes in memory: of this process, which is orchestrator and client, and of each worker, by its process's number. */
   rss: Record<string, number>;
   subscriptions: Record<string, number>;
-  /** In the KV caches of all stages. */
+  /** In the KV caches of all stages, without those that are kept for requests that begin alike. */
   sequences: number;
 }
 
@@ -48,7 +48,7 @@ async function count(cluster: FaultCluster, fault: string, minute: number): Prom
     fault,
     rss,
     subscriptions: Object.fromEntries(await cluster.subscriptions()),
-    sequences: stages.reduce((sum, { stats }) => sum + stats.sequences, 0),
+    sequences: stages.reduce((sum, { stats }) => sum + stats.sequences - cluster.engine.stats().kept, 0),
   };
 }
 
