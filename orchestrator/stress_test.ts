@@ -28,11 +28,11 @@ for (const shards of [1, 2, 5]) {
     let cancelled = 0;
     const one = async (n: number) => {
       const next = random(100 * shards + n);
-      const own = Array.from({ length: 1 + next(100) }, () => next(VOCAB));
-      // Some begin alike, so that what is kept of one is of use to another.
-      const alike = n % 3 > 0 ? 0 : next(own.length);
-      const promptTokens = [...COMMON.slice(0, alike), ...own.slice(alike)];
-      const maxTokens = 1 + next(160 - promptTokens.length);
+      // Some begin alike and end soon, so that what is kept of one is of use to another.
+      const alike = n % 3 === 0;
+      const own = Array.from({ length: 1 + next(alike ? 4 : 100) }, () => next(VOCAB));
+      const promptTokens = [...COMMON.slice(0, alike ? 40 + next(40) : 0), ...own];
+      const maxTokens = 1 + next(alike ? 20 : 160 - promptTokens.length);
       const seed = next(2) ? BigInt(next(1 << 20)) : undefined;
       const expected = continuation(promptTokens, maxTokens, seed);
       for (let i = next(4); i > 0; i--) await pause();
@@ -78,6 +78,8 @@ for (const shards of [1, 2, 5]) {
     for (let round = 0; round < 3; round++) {
       await Promise.all(Array.from({ length: 32 }, (_, n) => one(32 * round + n)));
     }
+    // With few at a time what is kept lasts until another can use it.
+    for (let n = 0; n < 32; n++) await Promise.all([one(999 + 3 * n), one(1000 + 3 * n)]);
     const stats = t.engine.stats();
     assert(stats.preemptions > 0, "the KV cache was never short: the test shows nothing");
     assert(stats.reusedTokens > 100, `${stats.reusedTokens} tokens were there already`);
