@@ -57,7 +57,7 @@ for (const shards of [1, 2, 5]) {
         }
         case 1: { // aborts at any time, perhaps before the first token
           const aborted = new Error("left");
-          (async () => {
+          const leaving = (async () => {
             for (let i = next(30); i > 0; i--) await pause();
             controller.abort(aborted);
           })();
@@ -68,6 +68,7 @@ for (const shards of [1, 2, 5]) {
             assert.equal(error, aborted);
             cancelled++;
           }
+          await leaving;
           assert.deepEqual(ids, expected.slice(0, ids.length));
           break;
         }
