@@ -79,3 +79,63 @@ fn frequencies(rope: &Rope, factors: &[f32], context: usize) -> (Vec<f64>, f64) 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor::TensorRef;
+    use std::path::Path;
+
+    /// Of one variant, as `tests/fixtures/generate.py` writes it.
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Golden {
+        kind: String,
+        dims: usize,
+        base: f64,
+        context: usize,
+        original: usize,
+        factor: Option<f64>,
+        beta_fast: Option<f64>,
+        beta_slow: Option<f64>,
+        low: Option<f64>,
+        high: Option<f64>,
+        factors: Option<Vec<f32>>,
+        attention: f64,
+        frequencies: Vec<f64>,
+    }
+
+    #[test]
+    fn scaled_frequencies_are_those_of_transformers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/rope-golden.json");
+        let goldens: Vec<Golden> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let tensor = || TensorRef { name: String::new(), kind: 0, shape: vec![], offset: 0, bytes: 0 };
+        let mut kinds = std::collections::BTreeSet::new();
+        for g in goldens {
+            let (factor, original, attention) = (g.factor.unwrap_or(1.0), g.original, g.attention);
+            let scaling = match g.kind.as_str() {
+                "linear" => RopeScaling::Linear { factor },
+                "ntk" => RopeScaling::Ntk { factor, original },
+                "yarn" => {
+                    let (beta_fast, beta_slow) = (g.beta_fast.unwrap(), g.beta_slow.unwrap());
+                    RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention }
+                }
+                "llama3" => RopeScaling::Llama3 { factor, low: g.low.unwrap(), high: g.high.unwrap(), original },
+                "longrope" => RopeScaling::Longrope { short: tensor(), long: tensor(), original, attention },
+                other => panic!("no scaling {other}"),
+            };
+            let what = format!("{scaling:?} of {} pairs, base {}, context {}", g.dims / 2, g.base, g.context);
+            let rope = Rope { base: g.base, dims: g.dims, style: RopeStyle::Neox, scaling: Some(scaling) };
+            let (found, attention) = frequencies(&rope, g.factors.as_deref().unwrap_or(&[]), g.context);
+            assert_eq!(attention, g.attention, "{what}");
+            assert_eq!(found.len(), g.frequencies.len(), "{what}");
+            for (i, (found, expected)) in found.iter().zip(&g.frequencies).enumerate() {
+                // They compute in f32: powers, logarithms and quotients, a few units in the last place.
+                let error = (found / expected - 1.0).abs();
+                assert!(error < 3e-6, "{what}: pair {i} turns {found} radians, not {expected}");
+            }
+            kinds.insert(g.kind);
+        }
+        assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["linear", "llama3", "longrope", "ntk", "yarn"]);
+    }
+}
