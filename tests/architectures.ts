@@ -37,6 +37,8 @@ export interface Comparison {
   decode: number;
   /** Root mean square of the difference over the logits' spread. */
   relative: number;
+  /** The same of single rows: their median. */
+  medianRow: number;
   /** Whether prefill on one shard and decode on two gave the same bits. */
   same: boolean;
   /** Rows whose largest logit is another. */
@@ -60,19 +62,27 @@ export async function logitsOf(
   return all[requests.indexOf(tokens)]!;
 }
 
+function median(values: number[]): number {
+  return values.sort((a, b) => a - b)[values.length >> 1]!;
+}
+
 /** Prefill on one shard and decode on two, against the golden. */
-export async function compare(golden: Golden): Promise<Comparison> {
+export async function compare(golden: Golden, options: LocalClusterOptions = {}): Promise<Comparison> {
   const expected = new Float32Array(Deno.readFileSync(fixture(`architectures/${golden.logits}`)).buffer);
   const rows = golden.tokens.length;
   const vocab = expected.length / rows;
-  const prefill = await logitsOf(golden);
-  const decode = await logitsOf(golden, { shards: 2, chunk: 1 });
+  const prefill = await logitsOf(golden, options);
+  const decode = await logitsOf(golden, { ...options, shards: 2, chunk: 1 });
   let otherArgmax = 0;
   for (let i = 0; i < rows; i++) if (argmax(prefill, i, vocab) !== argmax(expected, i, vocab)) otherArgmax++;
   return {
     prefill: maxDifference(prefill, expected),
     decode: maxDifference(decode, expected),
     relative: relativeError(prefill, expected),
+    medianRow: median(Array.from({ length: rows }, (_, i) => {
+      const [found, wanted] = [prefill, expected].map((logits) => logits.subarray(i * vocab, (i + 1) * vocab));
+      return relativeError(found!, wanted!);
+    })),
     same: sameBits(prefill, decode),
     otherArgmax,
     rows,

@@ -22,6 +22,16 @@ for (const golden of goldens) {
     }
   });
 
+  Deno.test(`${name}: with a cache of 8 bits logits stay near transformers'`, async () => {
+    const { same, medianRow } = await compare(golden, { kvType: "q8" });
+    assert.ok(same, "decode on two shards gives other bits than prefill on one");
+    // Keys and values are rounded once in each of two layers, and low-bit products' activations as above.
+    const roundings = 2 * 2 + (golden.tolerance > 0 ? 0 : 4 * 2 + 1);
+    const bound = 2 * 0.0064 * Math.sqrt(roundings);
+    // Of a row in the middle: where two experts were nearly as good, a router may choose the other, and all is different.
+    assert.ok(medianRow > 1e-5 && medianRow <= bound, `relative error ${medianRow} exceeds ${bound}`);
+  });
+
   Deno.test(`${name}: the same bits on every instruction set, with threads, chunks and neighbours`, async () => {
     const reference = await logitsOf(golden, { isa: "portable", kvType: "f16" });
     for (const isa of loadKernels().deviceInfo().available) {
