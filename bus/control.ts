@@ -112,6 +112,8 @@ export const helloSchema = z.strictObject({
     memoryBytes: size,
     /** Measured memory read bandwidth in GB/s; `null` when not measured. */
     bandwidthGBps: z.number().positive().nullable(),
+    /** Milliseconds that one of the model's layers takes for a token, measured when it loads the first; `null` before. */
+    msPerLayer: z.number().nonnegative().nullable(),
   }),
   /** What it does at the moment. */
   work: z.strictObject({
@@ -248,6 +250,7 @@ export const clusterStatusSchema = z.strictObject({
     cores: size,
     memoryBytes: size,
     bandwidthGBps: z.number().nullable(),
+    msPerLayer: z.number().nullable(),
     /** Milliseconds since it was heard of. */
     seenMs: z.number().nonnegative(),
     queued: size,

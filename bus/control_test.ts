@@ -18,7 +18,7 @@ const hello: Hello = {
   session: "a-0",
   epoch: 0,
   versions: { abi: 1, wire: 1, lutra: "0.1.0" },
-  capabilities: { isa: "neon", cores: 4, memoryBytes: 4e9, bandwidthGBps: null },
+  capabilities: { isa: "neon", cores: 4, memoryBytes: 4e9, bandwidthGBps: null, msPerLayer: null },
   work: { queued: 0, runningMs: null, expectedMs: null, stages: [] },
 };
 

@@ -90,6 +90,7 @@ export async function startWorker(
     ...weightsChoice(flags.share ?? true),
     memoryBytes: Math.floor(memory === undefined ? free : Math.min(1e9 * memory, free)),
     bandwidthGBps: flags.bandwidth ?? "measure",
+    measureLayers: true,
     heartbeatMs: HEARTBEAT_MS,
     diagnose: (model) =>
       deviceHealth({

@@ -321,7 +321,7 @@ export class Engine {
         loading: membership.get(id)?.loading ?? null,
       };
     };
-    const none = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, seenMs: 0, queued: 0 };
+    const none = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, msPerLayer: null, seenMs: 0, queued: 0 };
     const lost = (pipeline?.workers ?? []).filter((id) => membership.get(id) === undefined);
     return {
       orchestrator: this.#orchestrator,

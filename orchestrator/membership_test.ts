@@ -20,7 +20,7 @@ function hello(id: string, change: Partial<Hello> = {}): Uint8Array {
     session: "a-0",
     epoch: 0,
     versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION, lutra: "0.1.0" },
-    capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null },
+    capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null, msPerLayer: null },
     work: { queued: 0, runningMs: null, expectedMs: null, stages: [] },
     ...change,
   });

@@ -1,4 +1,12 @@
-import { encodeBatch, entryTable, filterBatch, HEADER_BYTES, maxResultBytes, writeHeader } from "../bus/mod.ts";
+import {
+  decodeBatch,
+  encodeBatch,
+  entryTable,
+  filterBatch,
+  HEADER_BYTES,
+  maxResultBytes,
+  writeHeader,
+} from "../bus/mod.ts";
 import type { DecodedBatch, Hello, Stage as StageSpec, StageStatus, Subscription } from "../bus/mod.ts";
 import { KernelError, KernelErrorCode, WorkerError } from "./errors.ts";
 import type { ShardHandle } from "./kernels.ts";
@@ -13,6 +21,9 @@ export interface QueuedStep {
 }
 
 const EMPTY = encodeBatch([]);
+/** Runs that time the layers, and milliseconds after which no other begins. */
+const MEASURED_STEPS = 5;
+const MEASURED_MS = 200;
 /** Micro-batches whose mean time is told. */
 const RECENT_STEPS = 32;
 
@@ -157,6 +168,30 @@ export class Stage {
     });
     this.#message.set(passed, HEADER_BYTES);
     return this.#message.subarray(0, HEADER_BYTES + passed.byteLength + written);
+  }
+
+  /**
+   * Times the layers in a short run: milliseconds that one takes for a token. Before the first micro-batch; it leaves no trace.
+   *
+   * @throws {KernelError}
+   */
+  async measure(): Promise<number> {
+    const { shard } = this.spec;
+    const { embedding, vocab } = shard.hyper;
+    const batch = encodeBatch([{ seq: 0, pos: 0, tokens: [0] }]); // nothing is sampled: the layers alone
+    const input = new Uint8Array(shard.embedding === null ? 4 * embedding : 0);
+    const output = new Uint8Array(shard.head === null ? 4 * embedding : maxResultBytes(decodeBatch(batch), vocab));
+    const stop = new Int32Array(new ArrayBuffer(4));
+    let best = Infinity;
+    const begin = performance.now();
+    // The first is the slowest: memory is touched, kernels are compared.
+    for (let run = 0; run < 2 || (run < MEASURED_STEPS && performance.now() - begin < MEASURED_MS); run++) {
+      const start = performance.now();
+      await this.handle.forward(batch, input, stop, output);
+      best = Math.min(best, performance.now() - start);
+      this.handle.truncate(0, 0);
+    }
+    return best / (shard.end - shard.first);
   }
 
   /** The state for the orchestrator. Not while a micro-batch runs. */

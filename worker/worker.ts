@@ -61,6 +61,8 @@ export interface WorkerOptions {
    * Default: not known, and workers count as equally fast.
    */
   bandwidthGBps?: number | "measure";
+  /** Whether the layers' speed is measured, in a short run when the first are loaded. @default {false} */
+  measureLayers?: boolean;
   /** Milliseconds between heartbeats; 0 sends none, as within one process. @default {0} */
   heartbeatMs?: number;
   /** Where this device has the file that the orchestrator names. Default: under the same path. */
@@ -96,7 +98,7 @@ export class Worker {
   readonly #bus: Bus;
   readonly #kernels: KernelLibrary;
   readonly #subjects: ReturnType<typeof clusterSubjects>;
-  readonly #capabilities: Hello["capabilities"];
+  #capabilities: Hello["capabilities"];
   readonly #threads: number;
   readonly #dropped = new Map<DropReason, number>();
   readonly #subscriptions: Subscription[] = [];
@@ -124,6 +126,8 @@ export class Worker {
   readonly #store: WeightStore | undefined;
   /** Ends what is being fetched. */
   #fetching: AbortController | undefined;
+  /** The model whose layers were measured. */
+  #measured = "";
   /** The newest epoch that a load was asked for. */
   #wanted = 0;
   /** Told when no stage is open. */
@@ -143,6 +147,7 @@ export class Worker {
       cores: this.#threads,
       memoryBytes: options.memoryBytes ?? Deno.systemMemoryInfo().available,
       bandwidthGBps,
+      msPerLayer: null,
     };
     const { weights, log } = options;
     if (weights !== undefined) {
@@ -373,6 +378,7 @@ export class Worker {
         }
         opened.push(new Stage(wanted, epoch, handle, keep));
       }
+      await this.#measure(opened[0]);
       for (const stage of opened) {
         const subject = this.#subjects.stage(this.id, stage.spec.stage);
         stage.subscription = this.#bus.subscribe(subject, (message) => this.#onWork(stage, message));
@@ -434,6 +440,16 @@ export class Worker {
       }
     }
     return stages.map(({ weights }, i) => found.get(weights?.root ?? "") ?? own[i]!);
+  }
+
+  /** Measures the layers of a model once: the next time others may wait for them. */
+  async #measure(stage: Stage | undefined): Promise<void> {
+    if (this.#options.measureLayers !== true || stage === undefined) return;
+    const { shard, weights } = stage.spec;
+    const model = `${shard.path} ${weights?.root}`;
+    if (model === this.#measured) return;
+    this.#capabilities = { ...this.#capabilities, msPerLayer: await stage.measure() };
+    this.#measured = model;
   }
 
   async #unload(epoch: number): Promise<void> {

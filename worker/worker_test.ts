@@ -122,7 +122,13 @@ Deno.test("Worker: announces itself at start, on discovery, and when it leaves",
   await t.bus.flush();
   await t.bus.flush();
   assert.deepEqual(t.hellos.map((hello) => [hello.id, hello.state]), [["a", "ready"], ["a", "ready"]]);
-  assert.deepEqual(t.hellos[0]!.capabilities, { isa: "fake", cores: 1, memoryBytes: 1e9, bandwidthGBps: null });
+  assert.deepEqual(t.hellos[0]!.capabilities, {
+    isa: "fake",
+    cores: 1,
+    memoryBytes: 1e9,
+    bandwidthGBps: null,
+    msPerLayer: null,
+  });
   await t.workers[0]!.close();
   await t.bus.flush();
   assert.equal(t.hellos.at(-1)!.state, "leaving");
@@ -388,4 +394,34 @@ Deno.test("Worker: close during a micro-batch gives it up", async () => {
   await t.bus.flush();
   assert.equal(t.results.length, 0);
   await t.end();
+});
+
+Deno.test("Worker: measures the layers of a model in a short run, once, which leaves no trace", async () => {
+  const bus = new InProcessBus();
+  const subjects = clusterSubjects("local");
+  const hellos: Hello[] = [];
+  bus.subscribe(subjects.hello, (message) => hellos.push(decodeJson(helloSchema, message.data)));
+  const kernels = new FakeKernels();
+  const worker = await Worker.start({ bus, kernels, id: "a", memoryBytes: 1e9, measureLayers: true });
+  const load = async (epoch: number, shard: Shard) => {
+    const request: ControlRequest = { type: "load", epoch, stages: [{ stage: 0, shard, next: "r" }], results: "r" };
+    const reply = decodeJson(
+      controlReplySchema,
+      (await bus.request(subjects.control("a"), encodeJson(request))).data,
+    );
+    assert(reply.ok && reply.stages[0]!.stats.sequences === 0 && reply.stages[0]!.steps === 0);
+  };
+  await load(1, fakeShard());
+  const [shard] = kernels.shards;
+  assert(shard!.forwards.length >= 2);
+  assert(shard!.forwards.every(({ tokens, sampled }) => tokens === 1 && sampled === 0));
+  bus.publish(subjects.discover, NONE);
+  await bus.flush();
+  await bus.flush();
+  assert(hellos.at(-1)!.capabilities.msPerLayer! > 0);
+  // Another range of the same model: at once.
+  await load(2, fakeShard({ first: 1 }));
+  assert.equal(kernels.shards[1]!.forwards.length, 0);
+  await worker.close();
+  await bus.close();
 });
