@@ -10,6 +10,7 @@
  */
 export * from "./batch.ts";
 export * from "./bus.ts";
+export * from "./cluster_store.ts";
 export * from "./control.ts";
 export * from "./errors.ts";
 export * from "./in_process.ts";

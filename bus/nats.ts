@@ -1,6 +1,8 @@
 import { createInbox, credsAuthenticator, errors as natsErrors, nkeyAuthenticator } from "@nats-io/transport-node";
 import type { ConnectionOptions, Msg, NatsConnection, TlsOptions } from "@nats-io/transport-node";
 import type { Bus, BusMessage, BusState, PublishOptions, RequestOptions, Subscription } from "./bus.ts";
+import { NatsClusterStore, storesKeys } from "./cluster_store.ts";
+import type { ClusterStore, StoreOptions } from "./cluster_store.ts";
 import {
   BusClosedError,
   BusConnectError,
@@ -115,6 +117,13 @@ export class NatsBus implements Bus {
   /** Version of the server. */
   get serverVersion(): string {
     return this.#nc.info?.version ?? "unknown";
+  }
+
+  /** The store of a cluster; `undefined` where the server has none, see `cluster_store.ts`. */
+  store(cluster: string, options?: StoreOptions): ClusterStore | undefined {
+    return this.serverHasJetStream && storesKeys(this.serverVersion)
+      ? new NatsClusterStore(this.#nc, cluster, options)
+      : undefined;
   }
 
   /** Whether the server says that JetStream is on. */

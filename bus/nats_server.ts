@@ -12,6 +12,8 @@ export interface NatsServerOptions {
   port?: number;
   /** Clients must bring this token. */
   token?: string;
+  /** Whether JetStream is on, with its files in the server's own folder. @default {false} */
+  jetstream?: boolean;
   /** Lines added to the configuration, in the server's own language. */
   config?: string;
   /** Milliseconds for the start. @default {10000} */
@@ -95,7 +97,11 @@ export class NatsServer {
     const { host = "127.0.0.1", port = 0, token, timeoutMs = 10_000 } = options;
     const folder = await Deno.makeTempDir({ prefix: "lutra-nats-" });
     const file = join(folder, "nats.conf");
-    await Deno.writeTextFile(file, configuration({ host, port, token, extra: options.config ?? "" }), { mode: 0o600 });
+    const store = options.jetstream === true
+      ? `jetstream { store_dir: ${JSON.stringify(join(folder, "store"))} }\n`
+      : "";
+    const extra = `${store}${options.config ?? ""}`;
+    await Deno.writeTextFile(file, configuration({ host, port, token, extra }), { mode: 0o600 });
     let child: Deno.ChildProcess;
     try {
       child = new Deno.Command(path, { args: ["-c", file], stdin: "null", stdout: "null", stderr: "piped" }).spawn();

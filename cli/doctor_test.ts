@@ -40,8 +40,7 @@ function test(name: string, fn: () => Promise<void>): void {
 }
 
 test("a cluster that is well passes, with every worker's own findings", async () => {
-  const store = await Deno.makeTempDir();
-  await using server = await nats.start({ config: `jetstream { store_dir: ${JSON.stringify(store)} }` });
+  await using server = await nats.start({ jetstream: true });
   const bus = await NatsBus.connect({ servers: server.url });
   const worker = await Worker.start({
     ...{ bus, kernels: new FakeKernels(), id: "board", cluster: "lutra", memoryBytes: 1e9 },
@@ -59,8 +58,6 @@ test("a cluster that is well passes, with every worker's own findings", async ()
   assert.match(of("cluster", "orchestrator").detail, /nobody serves/);
   await worker.close();
   await bus.close();
-  await server.stop();
-  await Deno.remove(store, { recursive: true });
 });
 
 test("no server, wrong credentials, a cache that cannot be written and a missing model fail, and say what helps", async () => {

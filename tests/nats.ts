@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { findNatsServer, NatsServer, NatsServerError } from "../bus/mod.ts";
+import { findNatsServer, NatsServer, NatsServerError, storesKeys } from "../bus/mod.ts";
 import type { NatsServerOptions } from "../bus/mod.ts";
 import { repoPath } from "./data.ts";
 
@@ -14,6 +14,12 @@ const path = findNatsServer([repoPath("tests/.bin")]);
 export const nats = {
   /** For `ignore` of a test. In CI tests are never ignored. */
   absent: path === undefined && Deno.env.get("CI") !== "true",
+  /** Whether the server is one whose JetStream Lutra uses; what needs it reports itself as ignored otherwise. */
+  get stores(): boolean {
+    if (path === undefined) return false;
+    const { stdout } = new Deno.Command(path, { args: ["--version"] }).outputSync();
+    return storesKeys(/\d+\.\d+\.\d+/.exec(new TextDecoder().decode(stdout))?.[0] ?? "0");
+  },
   /** Starts a server on a free port. */
   start(options: NatsServerOptions = {}): Promise<NatsServer> {
     if (path === undefined) {
