@@ -47,7 +47,7 @@ const planSchema = z.strictObject({
 export type ClusterPlan = z.infer<typeof planSchema>;
 
 /** Whether a cluster's orchestrator answers: it does, nobody is there, or somebody is silent. */
-export type Answer = "answers" | "gone" | "silent";
+export type HolderState = "answers" | "gone" | "silent";
 
 /** The right to serve a cluster. */
 export interface Lease {
@@ -70,7 +70,7 @@ export interface ClusterStore {
    * @param asks Whether the present holder answers.
    * @throws {LeaseHeldError} when it does.
    */
-  acquire(holder: string, asks: () => Promise<Answer>, signal?: AbortSignal): Promise<Lease>;
+  acquire(holder: string, asks: () => Promise<HolderState>, signal?: AbortSignal): Promise<Lease>;
   /** The last plan, if one is known. */
   plan(): Promise<ClusterPlan | undefined>;
   savePlan(plan: ClusterPlan): Promise<void>;
@@ -103,7 +103,7 @@ export class NatsClusterStore implements ClusterStore {
     this.#renewMs = options.renewMs ?? 1200;
   }
 
-  async acquire(holder: string, asks: () => Promise<Answer>, signal?: AbortSignal): Promise<Lease> {
+  async acquire(holder: string, asks: () => Promise<HolderState>, signal?: AbortSignal): Promise<Lease> {
     let gone = 0;
     let before = -1;
     for (;;) {

@@ -3,11 +3,11 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { nats } from "../tests/nats.ts";
 import { storesKeys } from "./cluster_store.ts";
-import type { Answer, ClusterStore } from "./cluster_store.ts";
+import type { ClusterStore, HolderState } from "./cluster_store.ts";
 import { NatsBus } from "./nats.ts";
 
 const TIMES = { lifeMs: 1000, renewMs: 250 };
-const is = (answer: Answer) => () => Promise.resolve(answer);
+const is = (answer: HolderState) => () => Promise.resolve(answer);
 const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 
 function test(name: string, fn: () => Promise<void>): void {
@@ -42,7 +42,7 @@ test("of several that want to serve at once one does; the next when it gives up,
   await using server = await nats.start({ jetstream: true });
   const { bus, store } = await connect(server.url);
   let served = false;
-  const asks = () => Promise.resolve<Answer>(served ? "answers" : "gone");
+  const asks = () => Promise.resolve<HolderState>(served ? "answers" : "gone");
   const all = await Promise.allSettled(["a", "b", "c", "d"].map(async (id) => {
     const lease = await store.acquire(id, asks);
     served = true;

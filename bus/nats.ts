@@ -227,7 +227,7 @@ export class NatsBus implements Bus {
     if (reply !== undefined) checkSubject(reply);
     if (data.byteLength > this.maxPayload) throw new PayloadTooLargeError(subject, data.byteLength, this.maxPayload);
     // The client keeps the buffer until it is written; the caller may change it at once.
-    this.#nc.publish(subject, data.slice(), reply === undefined ? {} : { reply });
+    this.#nc.publish(subject, new Uint8Array(data), reply === undefined ? {} : { reply });
   }
 
   /** Hands a message to a handler, whose errors go no further: the client's reader would end with them. */
@@ -245,7 +245,8 @@ export class NatsBus implements Bus {
     const awaited = reply !== undefined && reply !== "";
     return {
       subject,
-      data,
+      // Not the Buffer that the client gives, whose `slice` copies nothing.
+      data: new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
       ...(awaited ? { reply } : {}),
       respond: (answer) => {
         if (awaited && this.#closing === undefined && !this.#nc.isClosed()) this.#send(reply, answer, undefined);

@@ -51,6 +51,8 @@ test("messages go from one connection to another", async () => {
   b.subscribe("echo", (m) => m.respond(m.data));
   await b.flush();
   assert.deepEqual([...(await a.request("echo", Uint8Array.of(1, 2, 3))).data], [1, 2, 3]);
+  const { data } = await a.request("echo", Uint8Array.of(1, 2, 3));
+  assert.notEqual(data.slice().buffer, data.buffer, "`slice` must copy: worker.ts aligns by it");
   await b.close();
   await assert.rejects(a.request("echo", Uint8Array.of(1)), /nobody answers/);
   await a.close();

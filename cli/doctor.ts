@@ -130,6 +130,7 @@ async function examineCluster(
     show("server", ...serverFindings(bus));
     const { hellos, findings } = await listen(bus, flags);
     for (const [id, found] of findings) show(id, found);
+    show("cluster", ...await absentMembers(bus, flags.cluster, hellos));
     for (const id of hellos) await examineWorker(bus, flags, id, model, show);
     show("cluster", ...await clusterFindings(bus, flags.cluster, hellos.length));
   } finally {
@@ -290,6 +291,23 @@ async function linkSpeed(probe: (data: Uint8Array) => Promise<Uint8Array>, size:
   };
   await Promise.all(Array.from({ length: PROBES }, send));
   return 8 * bytes / 1000 / (performance.now() - started);
+}
+
+/** Who belongs to the cluster by the server's store, but does not announce itself. */
+async function absentMembers(bus: NatsBus, cluster: string, hellos: readonly string[]): Promise<Finding[]> {
+  try {
+    const members = await bus.store(cluster)?.members() ?? [];
+    return members.filter((id) => !hellos.includes(id)).map((id) => ({
+      check: "member",
+      state: "warning",
+      detail: `${id} belongs to the cluster, but does not answer`,
+      fix: "it ended a moment ago, or hangs: look at it there",
+    }));
+  } catch (error) {
+    if (!(error instanceof BusError)) throw error;
+    const fix = "let this account use JetStream, or turn it off";
+    return [{ check: "JetStream", state: "warning", detail: error.message, fix }];
+  }
 }
 
 async function clusterFindings(bus: NatsBus, cluster: string, workers: number): Promise<Finding[]> {

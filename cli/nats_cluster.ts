@@ -65,6 +65,7 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
     ends.push(() => bus.close());
     const source = await offerWeights(bus, flags.cluster, model.path, () => engine?.busy === true, onHashing);
     ends.push(() => source.source.close());
+    const store = bus.store(flags.cluster);
     let worker: Worker | undefined;
     if (own) {
       worker = await startWorker(bus, {
@@ -75,6 +76,8 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
         share: false, // it is done here
       }, (error) => console.error(error.message));
       ends.push(() => worker!.close());
+      const member = store?.join(worker.id);
+      ends.push(async () => await member?.[Symbol.asyncDispose]());
     }
     engine = await Engine.open({
       bus,
@@ -87,6 +90,7 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
       unload: false, // who serves next may want them
       log: (message) => console.error(message),
       weights: source.ref,
+      store,
       ...rest,
     });
     ends.push(() => engine!.close());

@@ -53,12 +53,14 @@ export function addWorker(program: Command): void {
       const worker = await startWorker(bus, flags, refused.reject);
       console.log(`worker ${worker.id} is ready (cluster ${flags.cluster})`);
       const stopped = untilToldToStop();
+      const member = bus.store(flags.cluster)?.join(worker.id);
       try {
         await Promise.race([stopped.promise, refused.promise]);
         console.error("leaving when others have the layers; again to stop now");
         await worker.drain(1000 * flags.drain);
       } finally {
         stopped.dispose();
+        await member?.[Symbol.asyncDispose]();
         await worker.close();
       }
     } finally {

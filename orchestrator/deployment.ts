@@ -5,7 +5,7 @@ import { Membership } from "./membership.ts";
 import { LONGEST_MS } from "./longest.ts";
 import { Pipeline } from "./pipeline.ts";
 import { Telemetry } from "./telemetry.ts";
-import { place, slowestStage } from "./placement.ts";
+import { place, slowestStage, stageCosts } from "./placement.ts";
 import type { ModelCost, PlacedStage } from "./placement.ts";
 
 /** Where a deployment is in its life; see {@linkcode clusterStatusSchema}. */
@@ -23,6 +23,8 @@ export interface DeploymentOptions {
   weights?: WeightsRef;
   /** Exactly so many stages. */
   shards?: number;
+  /** What the orchestrator before has left: who belonged to the cluster, and where the model lay in which epoch. */
+  former?: { members: readonly string[]; epoch: number; placement?: readonly PlacedStage[] };
   /** Workers to wait for at first. */
   workers: number;
   /** Whether to wait on when the model does not fit at first, or a worker cannot load it: others may come. */
@@ -75,6 +77,8 @@ const REPLAN_MS = 30_000;
 /** Losses in a row without a micro-batch done between them, after which requests are given up. */
 const MOST_FRUITLESS = 4;
 const TICK_MS = 250;
+/** Milliseconds that those are waited for who belonged to the cluster before. */
+const FORMER_MS = 2500;
 /** Milliseconds between two pings of every worker, where workers send heartbeats. */
 const PING_MS = 1000;
 
@@ -115,6 +119,7 @@ export class Deployment {
 
   constructor(options: DeploymentOptions) {
     this.#options = options;
+    this.#epoch = options.former?.epoch ?? 0;
     const { lostMs } = options;
     this.membership = new Membership(options.bus, options.cluster, {
       ...(lostMs === undefined ? {} : { lostMs }),
@@ -239,7 +244,10 @@ export class Deployment {
     const options = this.#options;
     const { membership } = this;
     const { signal } = this.#stop;
-    if (since === undefined) await this.#waitForWorkers();
+    if (since === undefined) {
+      await this.#waitForWorkers();
+      await this.#waitForFormer();
+    }
     for (let told = false;;) {
       signal.throwIfAborted();
       let failure: ClusterError;
@@ -296,6 +304,34 @@ export class Deployment {
     }
   }
 
+  /** Waits a moment for all that are known to belong to the cluster, rather than place the model on who answers first. */
+  async #waitForFormer(): Promise<void> {
+    const { members = [], placement = [] } = this.#options.former ?? {};
+    const deadline = performance.now() + FORMER_MS;
+    for (const id of [...members, ...placement.map(({ worker }) => worker)]) {
+      while (this.membership.get(id) === undefined && performance.now() < deadline) {
+        await this.membership.change(deadline - performance.now(), this.#stop.signal);
+      }
+    }
+  }
+
+  /** The placement of the orchestrator before, if it can be had again: its workers hold their layers still. */
+  #formerPlacement(devices: readonly Hello[]): PlacedStage[] | undefined {
+    const { cost, shards, former } = this.#options;
+    const placement = former?.placement;
+    if (placement === undefined || (shards !== undefined && placement.length !== shards)) return undefined;
+    const whole = placement.every(({ first, end }, i) => first === (placement[i - 1]?.end ?? 0) && end > first) &&
+      placement.at(-1)?.end === cost.layers.length;
+    const there = devices.map(deviceOf);
+    if (!whole || !placement.every(({ worker }) => there.some(({ id }) => id === worker))) return undefined;
+    const held = new Map<string, number>();
+    stageCosts(cost, there, placement).forEach(({ memoryBytes }, i) => {
+      const { worker } = placement[i]!;
+      held.set(worker, (held.get(worker) ?? 0) + memoryBytes);
+    });
+    return there.every(({ id, memoryBytes }) => (held.get(id) ?? 0) <= memoryBytes) ? [...placement] : undefined;
+  }
+
   /** Workers that may hold stages; those that want to leave only when it cannot be done without. */
   #candidates(): { devices: readonly Hello[]; all: readonly Hello[] } {
     const now = performance.now();
@@ -315,7 +351,7 @@ export class Deployment {
     const { all, devices } = this.#candidates();
     let placement: PlacedStage[];
     try {
-      placement = this.#place(devices);
+      placement = (since === undefined ? this.#formerPlacement(devices) : undefined) ?? this.#place(devices);
     } catch (error) {
       if (!(error instanceof PlacementError) || all.length === devices.length) throw error;
       placement = this.#place(all);

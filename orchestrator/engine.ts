@@ -2,7 +2,10 @@ import { EventQueue } from "./event_queue.ts";
 import type {
   Bus,
   ClusterStatus,
+  ClusterStore,
   EntryResult,
+  HolderState,
+  Lease,
   SampleParameters,
   Shard,
   StageStatus,
@@ -15,6 +18,7 @@ import {
   encodeJson,
   ENTRY_BYTES,
   HEADER_BYTES,
+  LeaseHeldError,
   NoRespondersError,
   RequestTimeoutError,
   SAMPLE_BYTES,
@@ -22,9 +26,9 @@ import {
 import { StopMatcher } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
 import { Deployment, describeLoading } from "./deployment.ts";
-import type { DeploymentState, WorkerLoading } from "./deployment.ts";
+import type { DeploymentOptions, DeploymentState, WorkerLoading } from "./deployment.ts";
 import { ClusterError, ContextLengthError, EngineClosedError, LoadingError, RequestError } from "./errors.ts";
-import type { StepRunner } from "./pipeline.ts";
+import type { Pipeline, StepRunner } from "./pipeline.ts";
 import type { PlacedStage } from "./placement.ts";
 import { checkRequest, checkTokens, MAX_LOGIT_BIASES } from "./request.ts";
 import type { CheckedRequest, GenerateEvent, GenerateRequest } from "./request.ts";
@@ -83,6 +87,8 @@ export interface EngineOptions {
   unload?: boolean;
   /** Told of workers lost and placements made, one line each. Default: nothing. */
   log?: (message: string) => void;
+  /** What outlives the members of the cluster. Default: nothing does. */
+  store?: ClusterStore | undefined;
   /** Ends the start. */
   signal?: AbortSignal;
 }
@@ -119,14 +125,18 @@ export class Engine {
   readonly #scheduler: Scheduler;
   readonly #context: number;
   readonly #service: Subscription;
+  readonly #lease: Lease | undefined;
   #closing: Promise<void> | undefined;
+  /** Why it serves no longer, though it was not closed. */
+  #usurped: ClusterError | undefined;
 
-  private constructor(options: EngineOptions, settings: Settings) {
-    const { bus, model, cluster = "local" } = options;
+  private constructor(options: EngineOptions, settings: Settings, { orchestrator, lease, former }: Accession) {
+    const { bus, model, cluster = "local", store } = options;
     const { description } = model;
     this.model = model;
     this.#bus = bus;
-    this.#orchestrator = crypto.randomUUID();
+    this.#orchestrator = orchestrator;
+    this.#lease = lease;
     this.#context = settings.context;
     this.#scheduler = new Scheduler(NO_RUNNER, settings.scheduler);
     this.#scheduler.pause();
@@ -157,7 +167,11 @@ export class Engine {
       unload: options.unload ?? true,
       idle: () => this.#scheduler.stats.running + this.#scheduler.stats.waiting === 0,
       onDown: () => this.#scheduler.pause(),
-      onUp: (pipeline) => this.#scheduler.replace(pipeline),
+      onUp: (pipeline) => {
+        this.#scheduler.replace(pipeline);
+        this.#savePlan(store, pipeline, options.log);
+      },
+      ...former,
       onUnavailable: (reason) => this.#scheduler.abort(reason),
       onLoading: options.onLoading ?? (() => {}),
       log: options.log ?? (() => {}),
@@ -166,6 +180,21 @@ export class Engine {
       clusterSubjects(cluster).orchestrator,
       (message) => message.respond(encodeJson(this.clusterStatus())),
     );
+    void lease?.lost.then(() => {
+      this.#usurped = new ClusterError(`another orchestrator has taken over cluster ${cluster}: end this one`);
+      options.log?.(this.#usurped.message);
+      this.#scheduler.abort(this.#usurped);
+      this.#service.unsubscribe();
+      void this.#deployment.close();
+    });
+  }
+
+  #savePlan(store: ClusterStore | undefined, pipeline: Pipeline, log: EngineOptions["log"]): void {
+    const replicas = [pipeline.placement.map((stage) => ({ ...stage }))];
+    store?.savePlan({ epoch: pipeline.epoch, model: this.model.id, replicas }).catch((error) => {
+      if (!(error instanceof BusError)) throw error;
+      log?.(error.message); // the next orchestrator will place anew
+    });
   }
 
   /**
@@ -199,8 +228,8 @@ export class Engine {
   static async open(options: EngineOptions): Promise<Engine> {
     options.signal?.throwIfAborted();
     const settings = checkOptions(options);
-    await refuseSecond(options.bus, options.cluster ?? "local");
-    return new Engine(options, settings);
+    const accession = await accede(options, options.cluster ?? "local");
+    return new Engine(options, settings, accession);
   }
 
   /** Resolves when it can answer for the first time; rejects when it cannot. */
@@ -360,6 +389,7 @@ export class Engine {
       this.#scheduler.close(new EngineClosedError());
       this.#service.unsubscribe();
       await this.#deployment.close();
+      await this.#lease?.release();
     })();
     return this.#closing;
   }
@@ -371,6 +401,7 @@ export class Engine {
   /** Why it takes no requests; `undefined` while it does. During a short recovery it does: they wait. */
   get failure(): ClusterError | undefined {
     if (this.#closing !== undefined) return new EngineClosedError();
+    if (this.#usurped !== undefined) return this.#usurped;
     const { state, reason, loading } = this.#deployment;
     if (state === "serving" || state === "recovering") return undefined;
     if (state !== "loading" || loading.length === 0) return new ClusterError(reason);
@@ -439,19 +470,51 @@ function checkOptions({ bus, model, ...options }: EngineOptions): Settings {
 /** Milliseconds in which a living orchestrator answers. */
 const SECOND_MS = 1000;
 
+/** What an orchestrator begins with. */
+interface Accession {
+  readonly orchestrator: string;
+  readonly lease: Lease | undefined;
+  /** What the one before has left. */
+  readonly former: Pick<DeploymentOptions, "former">;
+}
+
 /**
- * Two orchestrators would take the workers from each other. One that was suspended for long is told apart by its silence; the
- * epochs fence it off.
+ * Two orchestrators would take the workers from each other: the second is refused, by the lease where there is a store, else when
+ * the first answers. One that was suspended for long is told apart by its silence; the epochs fence it off.
  */
-async function refuseSecond(bus: Bus, cluster: string): Promise<void> {
+async function accede(options: EngineOptions, cluster: string): Promise<Accession> {
+  const { bus, model, store, signal, log = () => {} } = options;
+  const orchestrator = crypto.randomUUID();
+  const refused = (cause?: unknown) =>
+    new ClusterError(`cluster ${cluster} is served already: choose another with --cluster, or end that one`, { cause });
+  if (store !== undefined) {
+    try {
+      const lease = await store.acquire(orchestrator, () => asked(bus, cluster), signal);
+      const [plan, members] = await Promise.all([store.plan(), store.members()]);
+      const placement = plan?.model === model.id ? plan.replicas[0] : undefined;
+      const former = { members, epoch: plan?.epoch ?? 0, ...(placement === undefined ? {} : { placement }) };
+      return { orchestrator, lease, former: { former } };
+    } catch (error) {
+      if (error instanceof LeaseHeldError) throw refused(error);
+      if (!(error instanceof BusError)) throw error;
+      log(`${error.message}: heartbeats must do`);
+    }
+  }
+  if (await asked(bus, cluster) === "answers") throw refused();
+  return { orchestrator, lease: undefined, former: {} };
+}
+
+/** Whether an orchestrator answers in the cluster. */
+async function asked(bus: Bus, cluster: string): Promise<HolderState> {
   try {
     await bus.request(clusterSubjects(cluster).orchestrator, new Uint8Array(), { timeoutMs: SECOND_MS });
+    return "answers";
   } catch (error) {
-    if (error instanceof NoRespondersError || error instanceof RequestTimeoutError) return;
+    if (error instanceof NoRespondersError) return "gone";
+    if (error instanceof RequestTimeoutError) return "silent";
     if (error instanceof BusError) throw new ClusterError(`the bus failed: ${error.message}`, { cause: error });
     throw error;
   }
-  throw new ClusterError(`cluster ${cluster} is served already: choose another with --cluster, or end that one`);
 }
 
 /** The text and the end of an answer. */
