@@ -28,7 +28,7 @@ const AGAIN_MS = 300;
  */
 const ANSWER_MS = 10_000;
 const PATIENCE = 8;
-const LEAST_ANSWER_MS = 1000;
+const LEAST_ANSWER_MS = 3000;
 /** Milliseconds after which is asked again who has what: others may have it by now. */
 const ROUND_MS = 5000;
 /** Milliseconds for which a source is left alone that did not answer, or sent damaged bytes. */

@@ -19,8 +19,8 @@ export interface WeightSourceOptions {
 
 /** Wishes that may wait; those who ask have two at a time. */
 const MAX_WAITING = 256;
-/** While tokens are on their way, a pause of so many times as long as the chunk before took. */
-export const YIELD = 3;
+/** While tokens are on their way, a pause of so many times as long as the chunk before took: weights get a tenth of the time. */
+export const YIELD = 9;
 
 /**
  * Gives chunks of a file to whoever asks for them. One at a time, and the next only when the one before has reached the server:

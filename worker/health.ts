@@ -131,7 +131,8 @@ function modelHealth(path: string): Finding {
       check,
       state: "warning",
       detail: `there is no ${path}`,
-      fix: "copy the model there, or name the folder that has it (worker: --models)",
+      fix:
+        "copy the model there, or name the folder that has it (worker: --models); a worker without it fetches its layers",
     };
   }
   try {
