@@ -153,6 +153,8 @@ export const stageSchema = z.strictObject({
   weights: weightsRefSchema.optional(),
   /** Where its output goes: to the next stage as WORK or, from the last one, as RESULT. */
   next: subject,
+  /** Of the last stage: where the tokens that it samples go as WORK for the first, when they are to. */
+  first: subject.optional(),
 });
 /** A stage that a worker is to hold. */
 export type Stage = z.infer<typeof stageSchema>;

@@ -10,19 +10,25 @@ import { WireError } from "./errors.ts";
  * ```
  *
  * - WORK (to a stage): the batch, and the hidden states (f32, a row per token; none for the first stage).
+ *   `flags` may have, in bits 8 to 15, how many micro-batches follow from this one: the last stage sends the tokens that it
+ *   samples straight to the first as the next step, beside the RESULT.
  * - RESULT (to the orchestrator): the batch's entry table alone, and what was computed; with the ERROR flag the payload is
  *   the reason as JSON. Any stage may send one.
  *
  * The epoch names one placement of the model: messages of another epoch are of no account. Steps number the micro-batches
  * of an epoch, so that a message received twice is recognised.
  */
-export const WIRE_VERSION = 1;
+export const WIRE_VERSION = 2;
 /** Bytes of the header. */
 export const HEADER_BYTES = 24;
 
 const MAGIC = 0x544c;
 const KINDS = { work: 1, result: 2 } as const;
 const FLAG_ERROR = 1;
+/** Where the number of micro-batches that follow lies in the flags of WORK. */
+const CHAIN_SHIFT = 8;
+/** Most micro-batches that may follow from one. */
+export const MAX_CHAIN = 255;
 
 /** What a message is. */
 export type WireKind = keyof typeof KINDS;
@@ -36,6 +42,8 @@ export interface WireHeader {
   readonly payloadBytes: number;
   /** Whether the payload is the reason of a failure. */
   readonly error?: boolean;
+  /** Of WORK: how many micro-batches follow from this one; absent: none. */
+  readonly chain?: number;
 }
 
 /** A message whose lengths were checked. The parts are views of it. */
@@ -44,6 +52,7 @@ export interface WireMessage {
   readonly epoch: number;
   readonly step: number;
   readonly error: boolean;
+  readonly chain: number;
   readonly batch: Uint8Array;
   readonly payload: Uint8Array;
 }
@@ -58,12 +67,12 @@ export function writeHeader(into: Uint8Array, header: WireHeader): void {
   view.setUint32(8, header.step, true);
   view.setUint32(12, header.batchBytes, true);
   view.setUint32(16, header.payloadBytes, true);
-  view.setUint32(20, header.error === true ? FLAG_ERROR : 0, true);
+  view.setUint32(20, (header.error === true ? FLAG_ERROR : 0) | ((header.chain ?? 0) << CHAIN_SHIFT), true);
 }
 
 /** A whole message. */
 export function encodeMessage(
-  header: Pick<WireHeader, "kind" | "epoch" | "step" | "error">,
+  header: Pick<WireHeader, "kind" | "epoch" | "step" | "error" | "chain">,
   batch: Uint8Array,
   payload: Uint8Array,
 ): Uint8Array<ArrayBuffer> {
@@ -95,12 +104,14 @@ export function decodeMessage(data: Uint8Array): WireMessage {
   if (HEADER_BYTES + batchBytes + payloadBytes !== data.byteLength) {
     throw new WireError(`message of ${data.byteLength} bytes announces ${batchBytes} + ${payloadBytes}`);
   }
-  if (flags !== 0 && !(flags === FLAG_ERROR && kind === "result")) throw new WireError(`unknown flags ${flags}`);
+  const allowed = kind === "work" ? MAX_CHAIN << CHAIN_SHIFT : FLAG_ERROR;
+  if ((flags & ~allowed) !== 0) throw new WireError(`unknown flags ${flags}`);
   return {
     kind,
     epoch: view.getUint32(4, true),
     step: view.getUint32(8, true),
-    error: flags === FLAG_ERROR,
+    error: (flags & FLAG_ERROR) !== 0,
+    chain: flags >>> CHAIN_SHIFT,
     batch: data.subarray(HEADER_BYTES, HEADER_BYTES + batchBytes),
     payload: data.subarray(HEADER_BYTES + batchBytes),
   };

@@ -9,6 +9,7 @@ import {
   encodeFailure,
   encodeMessage,
   entryTable,
+  MAX_CHAIN,
   maxResultBytes,
 } from "./wire.ts";
 
@@ -113,12 +114,13 @@ Deno.test("decodeMessage: returns what encodeMessage wrote and refuses the rest"
     epoch: 0xffff_ffff,
     step: 8,
     error: false,
+    chain: 0,
     batch: [...batch],
     payload: [1, 2, 3],
   });
   const cases: [at: number, value: number, message: RegExp][] = [
     [0, 0, /begins with/],
-    [2, 2, /wire version 2/],
+    [2, 3, /wire version 3/],
     [3, 3, /unknown kind 3/],
     [12, 0xff, /announces/],
     [16, 0, /announces/],
@@ -131,6 +133,9 @@ Deno.test("decodeMessage: returns what encodeMessage wrote and refuses the rest"
     assert.throws(() => decodeMessage(damaged), { name: "WireError", message: expected });
   }
   assert.throws(() => decodeMessage(bytes.subarray(0, 23)), /no header/);
+  const chained = { epoch: 1, step: 2, chain: MAX_CHAIN } as const;
+  assert.equal(decodeMessage(encodeMessage({ kind: "work", ...chained }, batch, payload)).chain, MAX_CHAIN);
+  assert.throws(() => decodeMessage(encodeMessage({ kind: "result", ...chained }, batch, payload)), /unknown flags/);
 });
 
 /** The results of `entries` with vocab 2, as a last stage writes them. */

@@ -272,6 +272,7 @@ export class Engine {
     const answer = new Answer(this.model, checked, events, finish);
     const job: Job = {
       tokens: [...checked.promptTokens],
+      most: checked.promptTokens.length + checked.maxTokens,
       sample: sampleParameters(checked),
       onToken: (sampled) => answer.take(sampled),
       onError: (error) => {

@@ -332,6 +332,29 @@ Deno.test("Engine: a message that is lost costs no token", async () => {
   await t.end();
 });
 
+Deno.test("Engine: tokens go straight from the last stage to the first, and an answer's end in their midst is kept", async () => {
+  const t = await fakeCluster({ shards: 3, workerCount: 3, workers: 3 });
+  const { ids } = await read(
+    t.engine.generate({ promptTokens: prompt, maxTokens: 41, sampling: greedy, ignoreEos: true }),
+  );
+  assert.deepEqual(ids, continuation(prompt, 41));
+  assert.equal(t.engine.stats().steps, 1 + 40 / 4);
+  // A token that ends it comes in the midst of four, of which the rest is computed in vain.
+  const words = continuation(prompt, 60);
+  const end = words.findIndex((id, i) => i >= 25 && i % 4 === 2 && words.indexOf(id) === i);
+  assert(end > 0);
+  const request = { promptTokens: prompt, maxTokens: 60, sampling: greedy, ignoreEos: true };
+  const stopped = await read(t.engine.generate({ ...request, stop: [` ${words[end]} `] }));
+  assert.deepEqual(stopped.ids, words.slice(0, end + 1));
+  await settled(() => t.engine.stats().inFlight === 0);
+  const turn = [...prompt, ...words.slice(0, end), 9];
+  const before = t.engine.stats().reusedTokens;
+  const answer = await read(t.engine.generate({ ...request, promptTokens: turn }));
+  assert.deepEqual(answer.ids, continuation(turn, 60));
+  assert.equal(t.engine.stats().reusedTokens - before, prompt.length + end);
+  await t.end();
+});
+
 Deno.test("Engine: forged results of other epochs and steps do nothing", async () => {
   const t = await fakeCluster();
   const subjects: string[] = [];

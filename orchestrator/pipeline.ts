@@ -38,6 +38,11 @@ export interface StepRunner {
    * @throws {ClusterError} when a stage refuses it, or the pipeline was given up.
    */
   run(batch: Uint8Array): Promise<EntryResult[]>;
+  /**
+   * As `run`, for a micro-batch whose entries all sample a token: the last stage sends these straight to the first, `links` − 1
+   * times, and every time the results come here. Absent: this is not to be had.
+   */
+  readonly chain?: (batch: Uint8Array, links: number) => Promise<EntryResult[]>[];
   /** Cancels and frees sequences in all stages, ahead of queued micro-batches. */
   release(seqs: readonly number[]): void;
 }
@@ -76,7 +81,10 @@ interface PendingStep {
   readonly reject: (error: Error) => void;
   readonly timer: ReturnType<typeof setTimeout>;
   /** When it was sent. */
-  readonly sent: number;
+  sent: number;
+  /** Steps that the last stage sends after it, and whether it is such a one itself. */
+  readonly links: number;
+  readonly follows: boolean;
 }
 
 /** One placement of a model on workers, for one epoch: its stages are loaded, and micro-batches run through them. */
@@ -172,23 +180,39 @@ export class Pipeline implements StepRunner {
   }
 
   run(batch: Uint8Array): Promise<EntryResult[]> {
-    if (this.#failure !== undefined) return Promise.reject(this.#failure);
+    return this.#send(batch, 1)[0]!;
+  }
+
+  readonly chain = (batch: Uint8Array, links: number): Promise<EntryResult[]>[] => this.#send(batch, links);
+
+  #send(batch: Uint8Array, links: number): Promise<EntryResult[]>[] {
+    const failure = this.#failure;
+    if (failure !== undefined) return Array.from({ length: links }, () => Promise.reject(failure));
+    const first = this.#nextStep;
+    this.#lastProgress = performance.now();
+    if (this.#pending.size === 0) this.#activeSince = this.#lastProgress;
+    const results = Array.from({ length: links }, (_, i) => this.#expect(links - 1 - i, i > 0));
+    const { bus, epoch } = this.#options;
+    try {
+      const subject = this.#subjects.stage(this.placement[0]!.worker, 0);
+      const header = { kind: "work", epoch, step: first, chain: links - 1 } as const;
+      bus.publish(subject, encodeMessage(header, batch, new Uint8Array()));
+    } catch (cause) {
+      this.#options.onTrouble(new ClusterError(`step ${first} could not be sent`, { cause }));
+    }
+    return results;
+  }
+
+  /** Expects the next step's result. */
+  #expect(links: number, follows: boolean): Promise<EntryResult[]> {
     const step = this.#nextStep++;
-    const { bus, epoch, stepTimeoutMs } = this.#options;
+    const { stepTimeoutMs } = this.#options;
     const { promise, resolve, reject } = Promise.withResolvers<EntryResult[]>();
     const timer = setTimeout(
       () => this.#options.onTrouble(new ClusterError(`no result of step ${step} within ${stepTimeoutMs} ms`)),
       stepTimeoutMs,
     );
-    this.#lastProgress = performance.now();
-    if (this.#pending.size === 0) this.#activeSince = this.#lastProgress;
-    this.#pending.set(step, { resolve, reject, timer, sent: this.#lastProgress });
-    try {
-      const first = this.#subjects.stage(this.placement[0]!.worker, 0);
-      bus.publish(first, encodeMessage({ kind: "work", epoch, step }, batch, new Uint8Array()));
-    } catch (cause) {
-      this.#options.onTrouble(new ClusterError(`step ${step} could not be sent`, { cause }));
-    }
+    this.#pending.set(step, { resolve, reject, timer, sent: this.#lastProgress, links, follows });
     return promise;
   }
 
@@ -239,7 +263,11 @@ export class Pipeline implements StepRunner {
     const stages = placement.map(({ worker }, stage) => {
       const following = placement[stage + 1];
       const next = following === undefined ? results : this.#subjects.stage(following.worker, stage + 1);
-      return { worker, spec: { stage, shard: shards[stage]!, ...(weights === undefined ? {} : { weights }), next } };
+      const first = following === undefined && stage > 0
+        ? { first: this.#subjects.stage(placement[0]!.worker, 0) }
+        : {};
+      const spec = { stage, shard: shards[stage]!, ...(weights === undefined ? {} : { weights }), next, ...first };
+      return { worker, spec };
     });
     const replies = await Promise.allSettled(this.#workers.map((worker) => {
       const mine = stages.filter((stage) => stage.worker === worker).map((stage) => stage.spec);
@@ -296,13 +324,19 @@ export class Pipeline implements StepRunner {
         const error = new ClusterError(`stage ${stage} on worker ${worker} failed: ${reason}`);
         // What a kernel refuses it refuses again. That a stage lacks a message, or could not pass one on, is no fault of the requests.
         if (code === 0 || code === SEQUENCE_GAP) return this.#options.onTrouble(error);
-        this.#settle(message.step)?.reject(error);
+        // Nothing follows.
+        for (let i = 0; i <= pending.links; i++) this.#settle(message.step + i)?.reject(error);
         return;
+      }
+      if (pending.follows && this.#pending.has(message.step - 1)) { // sent before, on the same connection
+        return this.#options.onTrouble(new ClusterError(`the result of step ${message.step - 1} was lost`));
       }
       const results = decodeResults(message, this.#vocab);
       this.#settle(message.step);
       this.#completed++;
       this.#lastProgress = performance.now();
+      const following = pending.links === 0 ? undefined : this.#pending.get(message.step + 1);
+      if (following !== undefined) following.sent = this.#lastProgress;
       this.#slowestMs = Math.max(0.95 * this.#slowestMs, this.#lastProgress - pending.sent);
       pending.resolve(results);
     } catch (error) {

@@ -12,6 +12,8 @@ export interface Job {
   readonly tokens: number[];
   /** How to sample after the last token; absent: the logits of all tokens are wanted. */
   readonly sample?: SampleParameters;
+  /** Most tokens that there may be, sampled ones included; absent: not known. */
+  readonly most?: number;
   /** Most tokens per micro-batch, besides the scheduler's own bounds. */
   readonly chunk?: number;
   /** Takes a sampled token, which is in `tokens` already; false ends the job. */
@@ -68,6 +70,11 @@ const PREFILL_BESIDE_DECODE = 64;
 /** So many micro-batches may leave out waiting prefill for want of room. */
 const PREFILL_PATIENCE = 4;
 
+/**
+ * So many tokens of a sequence follow each other without this side: the last stage sends each straight to the first. Meanwhile
+ * micro-batches cannot be put together anew, and what comes after an answer's end is computed in vain.
+ */
+const CHAIN = 4;
 /** A kept sequence is worth its place to a job that has so many tokens in common with it … */
 const LEAST_REUSED = 16;
 /** … and this share of it: the rest, which others might go on with, is lost. */
@@ -101,9 +108,12 @@ interface Kept {
   readonly blocks: number;
 }
 
+/** A micro-batch on its way, or several of which each follows from the one before. */
 interface Step {
   readonly sequences: readonly { sequence: Sequence; seq: number }[];
   readonly decoding: boolean;
+  /** Sequences that have ended with tokens on their way, to be kept when these have come. */
+  readonly ended: Kept[];
 }
 
 /**
@@ -223,6 +233,7 @@ export class Scheduler {
     this.#paused = true;
     for (const sequence of [...this.#running].reverse()) this.#suspend(sequence);
     while (this.#kept.length > 0) this.#dropKept();
+    for (const step of this.#steps) this.#dropEnded(step);
     this.#steps.clear();
   }
 
@@ -303,6 +314,14 @@ export class Scheduler {
     sequence.computed = sequence.reused = common;
     this.#counts.reusedTokens += common;
     return true;
+  }
+
+  /** Frees what ended within a step that comes to nothing. */
+  #dropEnded(step: Step): void {
+    for (const kept of step.ended.splice(0)) {
+      this.#kept.unshift(kept);
+      this.#dropKept();
+    }
   }
 
   /** Frees the kept sequence that ended longest ago. */
@@ -420,28 +439,60 @@ export class Scheduler {
     const step: Step = {
       sequences: chosen.map(({ sequence }) => ({ sequence, seq: sequence.seq })),
       decoding: chosen.some((choice) => choice.decoding),
+      ended: [],
     };
     this.#steps.add(step);
-    this.#runner.run(encodeBatch(entries)).then(
-      (results) => this.#onResults(step, results),
-      (error: Error) => this.#onStepError(step, error),
-    ).catch((error) => this.close(new ClusterError("the scheduler failed", { cause: error })));
+    const links = this.#chainLinks(chosen);
+    const batch = encodeBatch(entries);
+    const all = links > 1 ? this.#runner.chain!(batch, links) : [this.#runner.run(batch)];
+    for (const [i, results] of all.entries()) {
+      results.then(
+        (results) => this.#onResults(step, results, i === all.length - 1),
+        (error: Error) => this.#onStepError(step, error),
+      ).catch((error) => this.close(new ClusterError("the scheduler failed", { cause: error })));
+    }
   }
 
-  #onResults(step: Step, results: readonly EntryResult[]): void {
-    if (!this.#steps.delete(step)) return; // of a pipeline that was replaced
+  /** How many micro-batches may follow each other from this one; takes the blocks for them. */
+  #chainLinks(chosen: readonly Chosen[]): number {
+    if (this.#runner.chain === undefined || this.#runner.stages === 1) return 1;
+    // A prompt that waits may ride with the next micro-batch.
+    if (this.#running.some((sequence) => !decodes(sequence) && remaining(sequence) > 0)) return 1;
+    const { blockTokens, kvBlocks } = this.#runner;
+    let links = CHAIN;
+    for (const { sequence: { job } } of chosen) links = Math.min(links, (job.most ?? 0) - job.tokens.length);
+    if (links < 2) return 1;
+    const more = ({ computed, blocks }: Sequence) =>
+      Math.max(0, Math.ceil((computed + links - 1) / blockTokens) - blocks);
+    const needed = chosen.reduce((sum, { sequence }) => sum + more(sequence), 0);
+    if (needed > kvBlocks - this.#usedBlocks) return 1;
+    for (const { sequence } of chosen) sequence.blocks += more(sequence);
+    this.#usedBlocks += needed;
+    return links;
+  }
+
+  /** Takes what a micro-batch gives; `last`: none follows from it. */
+  #onResults(step: Step, results: readonly EntryResult[], last: boolean): void {
+    if (!this.#steps.has(step)) return; // of a pipeline that was replaced
+    if (last) this.#steps.delete(step);
     const bySeq = new Map(results.map((result) => [result.seq, result]));
     for (const { sequence, seq } of step.sequences) {
       if (this.#bySeq.get(seq) !== sequence) continue; // released meanwhile
-      sequence.inFlight--;
+      if (last) sequence.inFlight--;
       const result = bySeq.get(seq);
       if (result === undefined) this.#fail(sequence, new ClusterError("a stage lost a sequence"));
-      else this.#take(sequence, result);
+      else this.#take(sequence, result, step);
+      if (!last && this.#bySeq.get(seq) === sequence) {
+        sequence.computed++; // the token sampled is on its way
+        this.#counts.decodeTokens++;
+      }
     }
+    if (last) this.#kept.push(...step.ended.splice(0));
+    while (this.#kept.length > this.#options.maxKept) this.#dropKept();
     this.#wake();
   }
 
-  #take(sequence: Sequence, { pos, tokenCount, sampled, logits }: EntryResult): void {
+  #take(sequence: Sequence, { pos, tokenCount, sampled, logits }: EntryResult, step: Step): void {
     const { job } = sequence;
     if (logits !== undefined) {
       job.onLogits?.(pos, logits);
@@ -462,13 +513,14 @@ export class Scheduler {
       return this.#fail(sequence, error as Error);
     }
     if (goOn === true) return;
-    this.#keep(sequence);
+    this.#keep(sequence, step);
     this.#forget(sequence);
   }
 
   /** A stage failed, or was not heard of: the requests of the micro-batch fail. */
   #onStepError(step: Step, error: Error): void {
     if (!this.#steps.delete(step)) return;
+    this.#dropEnded(step);
     for (const { sequence, seq } of step.sequences) {
       if (this.#bySeq.get(seq) === sequence) this.#fail(sequence, error);
     }
@@ -480,11 +532,12 @@ export class Scheduler {
     sequence.job.onError(error);
   }
 
-  /** Leaves an ended sequence in the KV cache. */
-  #keep(sequence: Sequence): void {
+  /** Leaves an ended sequence in the KV cache; when nothing but `chain` holds tokens of it, as soon as that has come. */
+  #keep(sequence: Sequence, chain?: Step): void {
     const { job, seq, computed, blocks, inFlight } = sequence;
-    if (inFlight > 0 || computed < LEAST_REUSED || this.#options.maxKept === 0) return;
-    this.#kept.push({ seq, tokens: job.tokens.slice(0, computed), blocks });
+    const following = inFlight === 1 && chain !== undefined && this.#steps.has(chain);
+    if ((inFlight > 0 && !following) || computed < LEAST_REUSED || this.#options.maxKept === 0) return;
+    (following ? chain.ended : this.#kept).push({ seq, tokens: job.tokens.slice(0, computed), blocks });
     this.#bySeq.delete(seq);
     this.#running = this.#running.filter((other) => other !== sequence);
     sequence.seq = 0;

@@ -1,6 +1,10 @@
 import {
   decodeBatch,
+  decodeMessage,
+  decodeResults,
+  decodeSample,
   encodeBatch,
+  encodeMessage,
   entryTable,
   filterBatch,
   HEADER_BYTES,
@@ -18,6 +22,16 @@ export interface QueuedStep {
   readonly batch: DecodedBatch;
   /** Hidden states, aligned to 4 bytes. */
   readonly payload: Uint8Array;
+  /** Micro-batches that follow from this one. */
+  readonly chain: number;
+}
+
+/** What comes of a micro-batch. */
+export interface Computed {
+  /** For what comes next: WORK for the next stage, or a RESULT from the last. It lies in a buffer that the next call reuses. */
+  readonly message: Uint8Array;
+  /** From the last stage: WORK for the first, that goes on with the tokens sampled. */
+  readonly following?: Uint8Array;
 }
 
 const EMPTY = encodeBatch([]);
@@ -109,15 +123,15 @@ export class Stage {
   }
 
   /**
-   * Computes a micro-batch and returns the message for what comes next: WORK for the next stage, or a RESULT from the last.
-   * It lies in a buffer that the next call reuses.
+   * Computes a micro-batch.
    *
    * @throws {KernelError | WorkerError}
    */
-  async compute(item: QueuedStep, maxPayload: number): Promise<Uint8Array> {
+  async compute(item: QueuedStep, maxPayload: number): Promise<Computed> {
     const { shard } = this.spec;
     const { batch, payload } = filterBatch(item.batch, item.payload, (seq) => this.#released.has(seq));
     let passed = this.#passed(batch);
+    let computed = batch.entries.length > 0;
     let written = 0;
     if (batch.entries.length > 0) {
       const row = 4 * shard.hyper.embedding;
@@ -146,6 +160,7 @@ export class Stage {
         const stopped = error instanceof KernelError && error.code === KernelErrorCode.stopped;
         if (!stopped || !seqs.every((seq) => this.#released.has(seq))) throw error;
         passed = EMPTY;
+        computed = false;
       } finally {
         this.#running = undefined;
         const ms = performance.now() - this.#begin;
@@ -165,9 +180,25 @@ export class Stage {
       step: item.step,
       batchBytes: passed.byteLength,
       payloadBytes: written,
+      ...(shard.head === null ? { chain: item.chain } : {}),
     });
     this.#message.set(passed, HEADER_BYTES);
-    return this.#message.subarray(0, HEADER_BYTES + passed.byteLength + written);
+    const message = this.#message.subarray(0, HEADER_BYTES + passed.byteLength + written);
+    if (shard.head === null || item.chain === 0) return { message };
+    return { message, following: this.#following(item, computed ? batch : undefined, message) };
+  }
+
+  /** The next step of a chain: the tokens in `result`, the RESULT of `batch`. It goes on without any too, as steps are awaited. */
+  #following({ step, chain }: QueuedStep, batch: DecodedBatch | undefined, result: Uint8Array): Uint8Array {
+    const results = batch === undefined ? [] : decodeResults(decodeMessage(result), this.spec.shard.hyper.vocab);
+    const entries = results.flatMap(({ seq, pos, tokenCount, sampled }, i) => {
+      const sample = decodeSample(batch!, batch!.entries[i]!);
+      return sampled === undefined || sample === undefined
+        ? []
+        : [{ seq, pos: pos + tokenCount, tokens: [sampled.id], sample }];
+    });
+    const header = { kind: "work", epoch: this.epoch, step: step + 1, chain: chain - 1 } as const;
+    return encodeMessage(header, encodeBatch(entries), new Uint8Array());
   }
 
   /**

@@ -502,10 +502,10 @@ export class Worker {
     try {
       // The kernel library reads f32 and u32 in place; some transports deliver at odd addresses.
       const data = message.data.byteOffset % 4 === 0 ? message.data : message.data.slice();
-      const { kind, epoch, step, batch, payload } = decodeMessage(data);
+      const { kind, epoch, step, chain, batch, payload } = decodeMessage(data);
       if (kind !== "work") throw new WireError(`a ${kind} message is no work`);
       if (epoch !== stage.epoch) return this.#drop("epoch", `step ${step} of epoch ${epoch}`);
-      item = { step, batch: decodeBatch(batch), payload };
+      item = { step, chain, batch: decodeBatch(batch), payload };
     } catch (error) {
       if (!(error instanceof WireError)) throw error;
       return this.#drop("malformed", error.message);
@@ -522,8 +522,12 @@ export class Worker {
       const { stage, item } = next;
       stage.queued--;
       try {
-        const message = await stage.compute(item, this.#bus.maxPayload);
-        if (stage.epoch === this.#epoch && !this.#closed) this.#bus.publish(stage.spec.next, message);
+        const { message, following } = await stage.compute(item, this.#bus.maxPayload);
+        if (stage.epoch === this.#epoch && !this.#closed) {
+          const { next, first } = stage.spec;
+          if (first !== undefined && following !== undefined) this.#bus.publish(first, following);
+          this.#bus.publish(next, message);
+        }
       } catch (error) {
         this.#fail(stage, item, error);
       }

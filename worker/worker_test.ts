@@ -334,6 +334,46 @@ Deno.test("Worker: release of all its sequences stops the running micro-batch", 
   await t.end();
 });
 
+Deno.test("Worker: the last stage sends what it samples straight to the first, as often as it is told", async () => {
+  const t = await start();
+  const [one, two] = [fakeShard({ end: 3 }), fakeShard({ first: 3 })];
+  const first = t.subjects.stage("a", 0);
+  const reply = await t.control({
+    type: "load",
+    epoch: 1,
+    stages: [
+      { stage: 0, shard: one, next: t.subjects.stage("a", 1) },
+      { stage: 1, shard: two, next: "results", first },
+    ],
+    results: "results",
+  });
+  assert(reply.ok);
+  const sample = { ...greedy, promptLength: 3 };
+  const prompts = [[5, 6, 7], [8, 9, 10]];
+  const entries = prompts.map((tokens, seq) => ({ seq, pos: 0, tokens, sample }));
+  t.bus.publish(first, encodeMessage({ kind: "work", epoch: 1, step: 4, chain: 3 }, encodeBatch(entries), NONE));
+  await t.arrived(4);
+  await t.bus.flush();
+  assert.deepEqual(t.results.map(({ step }) => step), [4, 5, 6, 7]);
+  const answers = prompts.map((prompt) => fakeContinuation({ layers: 6, vocab: VOCAB }, prompt, 4, sample));
+  assert.deepEqual(tokensOf(t.results), [0, 1, 2, 3].flatMap((i) => answers.map((answer) => answer[i])));
+  // What is released has no more, but the steps that are awaited come.
+  const next = entries.map(({ seq, sample }) => ({ seq, pos: 6, tokens: [answers[seq]![3]!], sample }));
+  const { promise: released, resolve } = Promise.withResolvers<void>();
+  const spy = t.bus.subscribe("results", () => {
+    spy.unsubscribe();
+    t.bus.publish(t.subjects.control("a"), encodeJson({ type: "release", epoch: 1, seqs: [0, 1] }));
+    resolve();
+  });
+  t.bus.publish(first, encodeMessage({ kind: "work", epoch: 1, step: 8, chain: 9 }, encodeBatch(next), NONE));
+  await released;
+  await t.arrived(14);
+  assert.deepEqual(t.results.slice(4).map(({ step }) => step), [8, 9, 10, 11, 12, 13, 14, 15, 16, 17]);
+  assert.equal(tokensOf(t.results.slice(8)).length, 0);
+  assert.equal(t.kernels.shards[0]!.sequences.size, 0);
+  await t.end();
+});
+
 Deno.test("Worker: a new epoch keeps an equal shard without its sequences and closes the others", async () => {
   const t = await start();
   const [one, two, other] = [fakeShard({ end: 3 }), fakeShard({ first: 3 }), fakeShard({ end: 2 })];
