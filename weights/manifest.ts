@@ -7,7 +7,7 @@ export const CHUNK_BYTES = 1 << 18;
 /** Bytes of a SHA-256. */
 export const HASH_BYTES = 32;
 /** More than any model's file has. */
-const MOST_BYTES = 2 ** 42;
+const MOST_BYTES = 2 ** 40;
 
 /** What a file consists of: the SHA-256 of every chunk of {@linkcode CHUNK_BYTES}. */
 export class Manifest {

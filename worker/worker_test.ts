@@ -465,3 +465,41 @@ Deno.test("Worker: measures the layers of a model in a short run, once, which le
   await worker.close();
   await bus.close();
 });
+
+Deno.test("Worker: a load ends the wait for another's weights, and what it held before stays", async () => {
+  const bus = new InProcessBus();
+  const kernels = new FakeKernels();
+  const cache = Deno.makeTempDirSync();
+  const worker = await Worker.start({
+    ...{ bus, kernels, id: "a", memoryBytes: 1e9, weights: { cache, maxBytes: 1e9 }, log: () => {} },
+  });
+  const control = async (request: ControlRequest): Promise<ControlReply> =>
+    decodeJson(
+      controlReplySchema,
+      (await bus.request(clusterSubjects("local").control("a"), encodeJson(request))).data,
+    );
+  const load = (epoch: number, shard: Shard, root?: string) => {
+    const weights = root === undefined ? {} : { weights: { root, bytes: 1000 } };
+    return control({ type: "load", epoch, stages: [{ stage: 0, shard, ...weights, next: "r" }], results: "r" });
+  };
+  const nobodys = "0".repeat(64);
+  assert((await load(1, fakeShard())).ok);
+  const [held] = kernels.shards;
+  const stuck = load(2, fakeShard({ first: 1 }), nobodys);
+  const ahead = control({
+    type: "fetch",
+    stages: [{ stage: 0, shard: fakeShard({ first: 2 }), weights: { root: nobodys, bytes: 1000 }, next: "" }],
+  });
+  assert((await load(3, fakeShard())).ok);
+  assert.match(JSON.stringify(await stuck), /"ok":false.*(epoch 3 begins|other weights are wanted)/);
+  assert.match(JSON.stringify(await ahead), /"ok":false.*epoch 3 begins/);
+  assert.equal(kernels.shards.length, 1, "the shard was kept");
+  assert(!held!.closed);
+  // It leaves while it waits.
+  const last = load(4, fakeShard({ first: 1 }), nobodys);
+  await bus.flush();
+  await worker.close();
+  assert.match(JSON.stringify(await last), /"ok":false.*leaves/);
+  await bus.close();
+  Deno.removeSync(cache, { recursive: true });
+});
