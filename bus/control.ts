@@ -96,8 +96,8 @@ export const helloSchema = z.strictObject({
   /** `draining`: it wants to leave as soon as others have its layers; `leaving`: it is gone now. */
   state: z.enum(["ready", "draining", "leaving"]),
   /**
-   * Another one after every start and every reconnection: with a new one, messages on their way or even the stages are
-   * gone.
+   * The process, and after the last `-` how often it has connected anew. Another one after every start and every
+   * reconnection: with a new one, messages on their way or even the stages are gone.
    */
   session: name,
   /** The newest epoch it has seen; 0 before the first. */

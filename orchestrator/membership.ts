@@ -219,6 +219,8 @@ export class Membership {
       this.#workers.set(id, { hello, seen: performance.now(), former: "" });
     } else {
       const { hello: before } = known;
+      // A connection that was given up may deliver after the one that followed it what it held.
+      if (isLater(before.session, session)) return;
       if (session !== before.session && session === known.former) {
         return this.#refuse(id, `two workers call themselves ${id}: give one another name with --id`);
       }
@@ -248,4 +250,11 @@ export class Membership {
     }
     this.#wake();
   }
+}
+
+/** Whether a session is of the same process as another one, after a later reconnection. */
+function isLater(session: string, other: string): boolean {
+  const [at, otherAt] = [session, other].map((text) => text.lastIndexOf("-"));
+  return session.slice(0, at) === other.slice(0, otherAt) &&
+    Number(session.slice(at! + 1)) > Number(other.slice(otherAt! + 1));
 }

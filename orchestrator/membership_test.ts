@@ -154,8 +154,16 @@ Deno.test("Membership: a new session means that what was held is gone; two of on
   bus.publish(subject, hello("a", { session: "two-0" }));
   await bus.flush();
   assert.deepEqual(left, ["a: worker a began anew"]);
+  // What an earlier connection of the same process delivers late is of no account.
+  bus.publish(subject, hello("a", { session: "two-10" }));
+  for (const late of [0, 9]) bus.publish(subject, hello("a", { session: `two-${late}`, state: "draining" }));
+  await bus.flush();
+  assert.deepEqual(left.splice(1), ["a: worker a began anew"]);
+  assert.deepEqual(membership.workers.map(({ session, state }) => [session, state]), [["two-10", "ready"]]);
   assert.equal(membership.newestEpoch, 4, "what it saw before counts still");
-  bus.publish(subject, hello("a", { session: "one-0" }));
+  bus.publish(subject, hello("a", { session: "two-11" }));
+  bus.publish(subject, hello("a", { session: "three-0" }));
+  bus.publish(subject, hello("a", { session: "two-11" }));
   await bus.flush();
   await bus.flush();
   assert.deepEqual(membership.workers, []);

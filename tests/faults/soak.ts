@@ -102,10 +102,15 @@ let wrong = 0;
     ));
     await struck;
     wrong += got.flatMap((ids, n) => expected[n]!.filter((id, i) => id !== ids[i])).length;
-    await fault.mend?.(cluster);
-    await gathered(cluster, DEVICES);
-    await new Promise((resolve) => setTimeout(resolve, pause));
-    await gathered(cluster, DEVICES);
+    try {
+      await fault.mend?.(cluster);
+      await gathered(cluster, DEVICES);
+      await new Promise((resolve) => setTimeout(resolve, pause));
+      await gathered(cluster, DEVICES);
+    } catch (cause) {
+      const told = cluster.events.slice(-8).map(({ text }) => text).join("\n");
+      throw new Error(`not whole again after ${name}, number ${round}:\n${told}`, { cause });
+    }
     const counted = await count(cluster, name, (performance.now() - begin) / 60_000);
     counts.push(counted);
     if (json === true) console.log(JSON.stringify(counted));
