@@ -102,10 +102,20 @@ class Site implements AsyncDisposable {
     return join(this.cache(id), "fetched", this.manifest.root);
   }
 
-  work(id: string): void {
+  work(id: string, permissions: readonly string[] = []): void {
     const flags = ["--id", id, "--threads", "1", "--bandwidth", "10", "--memory", "0.5", "--no-cache"];
     const child = new Deno.Command(Deno.execPath(), {
-      args: ["run", "-q", "-P=worker", repoPath("mod.ts"), "worker", "--nats", this.server.url, ...flags],
+      args: [
+        "run",
+        "-q",
+        "-P=worker",
+        ...permissions,
+        repoPath("mod.ts"),
+        "worker",
+        "--nats",
+        this.server.url,
+        ...flags,
+      ],
       env: { NO_COLOR: "1", LUTRA_CACHE: this.cache(id) },
       stdin: "null",
       stdout: "null",
@@ -288,4 +298,41 @@ test("a transfer goes on where the worker, the source or the server was killed; 
   assert.deepEqual([...site.wishes], [[hit, 1]]);
   assert.deepEqual(await answers(again), right);
   assert.deepEqual(readdirSync(join(site.cache("a"), "fetched")), [site.manifest.root]);
+});
+
+test("serve gives its file to workers that may not read it", async () => {
+  await using site = await Site.create();
+  const flags = ["--nats", site.server.url, "--no-worker", "--port", "0", "--kv-tokens", "256"];
+  const serve = new Deno.Command(Deno.execPath(), {
+    args: ["run", "-q", "-P=serve", repoPath("mod.ts"), "serve", site.path, ...flags],
+    env: { NO_COLOR: "1", LUTRA_CACHE: site.cache("serve") },
+    ...{ stdin: "null", stdout: "piped", stderr: "null" },
+  }).spawn();
+  try {
+    site.work("a", [`--deny-read=${site.path}`]);
+    let text = "";
+    let url: string | undefined;
+    for await (const part of serve.stdout.pipeThrough(new TextDecoderStream())) {
+      text += part;
+      url = /http:\/\/127\.0\.0\.1:\d+/.exec(text)?.[0];
+      if (url !== undefined) break;
+    }
+    assert(url !== undefined, text);
+    for (let i = 0;; i++) {
+      const health = await fetch(`${url}/healthz`);
+      const state = await health.text();
+      if (health.ok) break;
+      assert(i < 600, state);
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }
+    const body = JSON.stringify({ prompt: "a", max_tokens: 8, temperature: 0, ignore_eos: true });
+    const response = await fetch(`${url}/v1/completions`, { method: "POST", body });
+    const { usage } = await response.json();
+    assert.equal(usage.completion_tokens, 8);
+    assert.equal(site.total, site.share(0, LAYERS).length);
+    assert.deepEqual(readdirSync(join(site.cache("a"), "fetched")), [site.manifest.root]);
+  } finally {
+    serve.kill("SIGKILL");
+    await serve.status;
+  }
 });
