@@ -336,3 +336,30 @@ test("serve gives its file to workers that may not read it", async () => {
     await serve.status;
   }
 });
+
+test("who takes a lost worker's place and must fetch much does not hold requests up: they are told, and it serves later", async () => {
+  await using site = await Site.create();
+  const right = await expected(site.path);
+  await site.offer();
+  site.work("a");
+  const engine = await site.serve({ recoveryTimeoutMs: 500 });
+  assert.deepEqual(await answers(engine), right);
+  site.work("b");
+  while (engine.clusterStatus().workers.length < 2) await new Promise((resolve) => setTimeout(resolve, 20));
+  site.delayMs = 60;
+  const running = (async () => {
+    for await (const _ of engine.generate({ promptTokens: [5, 6], maxTokens: 60, ignoreEos: true })) {
+      await site.end("a", "SIGKILL");
+    }
+  })();
+  await assert.rejects(running, /workers are loading the layers of one that was lost/);
+  const states = new Set<string>();
+  while (engine.failure !== undefined) {
+    states.add(await apiState(engine));
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    if (states.size > 5) site.delayMs = 0;
+  }
+  const pattern = /^503 loading; b fetching 0\.\d+ \d+; retry \d+; model_loading \d+$/;
+  assert([...states].some((text) => pattern.test(text)), [...states].join("\n"));
+  assert.deepEqual(await answers(engine), right);
+});
