@@ -15,6 +15,7 @@ import { FALLBACK_TURNS } from "./run.ts";
 interface ServeFlags extends ClusterFlags, NatsFlags {
   workers: number;
   recovery: number;
+  standby?: boolean;
   /** False: `--no-worker`. */
   worker?: boolean;
   natsHost?: string;
@@ -47,6 +48,7 @@ export function addServe(program: Command): void {
     .option("--nats-port <n>", "port that an embedded NATS server listens on", integer(0), 4222)
     .option("--workers <n>", "workers to wait for before the model is placed", integer(1), 1)
     .option("--recovery <seconds>", "how long requests wait for a lost worker to be replaced", number(0, 3600), 10)
+    .option("--standby", "have devices fetch the layers, too, that they would take over from one that is lost")
     .option("--no-worker", "do not compute on this device, with --nats");
   command.action(async (path: string, flags: ServeFlags) => {
     const apiKey = flags.apiKey ?? Deno.env.get("LUTRA_API_KEY");
@@ -121,6 +123,7 @@ async function load(
   return await openNatsCluster(path, {
     ...options,
     recoveryTimeoutMs: 1000 * flags.recovery,
+    standby: flags.standby === true,
     ...{ flags, address, natsPort, workers, worker },
     ...(natsHost === undefined ? {} : { natsHost }),
   });

@@ -21,6 +21,8 @@ export interface DeploymentOptions {
   shardOf: (stage: PlacedStage) => Shard;
   /** The model's file, for workers that lack it. Default: all have it. */
   weights?: WeightsRef;
+  /** Whether workers fetch the layers that they would take over from any that is lost. */
+  standby: boolean;
   /** Exactly so many stages. */
   shards?: number;
   /** What the orchestrator before has left: who belonged to the cluster, and where the model lay in which epoch. */
@@ -112,10 +114,10 @@ export class Deployment {
   #replanSince: number | undefined;
   /** While a placement is loaded, or its weights are fetched ahead: how far each worker is, and since when no further. */
   #loading: LoadingWorkers | undefined;
-  /** While the weights of a better placement are fetched: its workers, and what ends it. */
-  #fetching: { workers: readonly string[]; stop: AbortController; done: Promise<void> } | undefined;
-  /** The placement whose weights were fetched ahead. */
-  #have = "";
+  /** While the weights of another placement are fetched: its workers, whether it is for a loss only, and what ends it. */
+  #fetching: { workers: readonly string[]; standby: boolean; stop: AbortController; done: Promise<void> } | undefined;
+  /** The placements whose weights were fetched ahead. */
+  readonly #have = new Set<string>();
 
   constructor(options: DeploymentOptions) {
     this.#options = options;
@@ -435,6 +437,7 @@ export class Deployment {
     const timer = this.#options.lostMs === undefined ? undefined : setInterval(() => {
       const reason = this.#still(pipeline) ?? this.#replan(pipeline);
       if (reason !== undefined) resolve(reason);
+      else if (this.#options.standby) this.#standBy(pipeline);
     }, TICK_MS);
     // Somebody may have gone, or begun anew, in the moment before.
     for (const [id, session] of this.#sessions) {
@@ -508,19 +511,41 @@ export class Deployment {
     return new ClusterError("more workers make it faster");
   }
 
-  /** Whether workers have the weights of a placement; else they fetch them, while the present one goes on. */
-  #ahead(placement: readonly PlacedStage[]): boolean {
+  /** Has the weights fetched for every placement that the loss of one worker would lead to, one after the other. */
+  #standBy(pipeline: Pipeline): void {
+    const { devices } = this.#candidates();
+    for (const lost of pipeline.workers) {
+      let placement: PlacedStage[];
+      try {
+        placement = this.#place(devices.filter(({ id }) => id !== lost));
+      } catch (error) {
+        if (!(error instanceof PlacementError)) throw error;
+        continue; // the others have no room for it
+      }
+      if (!this.#ahead(placement, true)) return;
+    }
+  }
+
+  /**
+   * Whether workers have the weights of a placement; else they fetch them, while the present one goes on.
+   *
+   * @param standby It is for a loss only: whatever else is to be fetched goes first, and when it cannot be had, so be it.
+   */
+  #ahead(placement: readonly PlacedStage[], standby = false): boolean {
     const { bus, cluster, shardOf, weights, log } = this.#options;
     const wanted = JSON.stringify(placement.map(({ worker, first, end }) => [worker, first, end]));
-    if (weights === undefined || this.#have === wanted) return true;
-    if (this.#fetching !== undefined) return false;
+    if (weights === undefined || this.#have.has(wanted)) return true;
+    if (this.#fetching !== undefined) {
+      if (this.#fetching.standby && !standby) this.#fetching.stop.abort(new ClusterError("other weights go first"));
+      return false;
+    }
     const subjects = clusterSubjects(cluster);
     const stages = placement.map((stage, number): { worker: string; spec: Stage } => ({
       worker: stage.worker,
       spec: { stage: number, shard: shardOf(stage), weights, next: "" },
     }));
     const workers = [...new Set(placement.map(({ worker }) => worker))];
-    log(`weights are fetched for ${describe(placement)}`);
+    log(`weights are fetched for ${describe(placement)}${standby ? ", should a worker be lost" : ""}`);
     const begun = performance.now();
     const loading: LoadingWorkers = new Map(
       workers.map((worker) => [worker, { loading: undefined, begun: false, since: begun }]),
@@ -537,17 +562,18 @@ export class Deployment {
       if (!reply.ok) throw new LoadError(`worker ${worker} did not fetch weights: ${reply.error}`, worker, false);
     };
     const done = Promise.all(workers.map(ask)).then(() => {
-      this.#have = wanted;
+      this.#have.add(wanted);
     }, (error) => {
       if (stop.signal.aborted) return;
       stop.abort(error);
       log(error instanceof Error ? error.message : String(error));
-      if (error instanceof LoadError) this.#suspects.set(error.worker, performance.now() + SUSPECT_MS);
+      if (standby) this.#have.add(wanted);
+      else if (error instanceof LoadError) this.#suspects.set(error.worker, performance.now() + SUSPECT_MS);
     }).finally(() => {
       this.#fetching = undefined;
       if (this.#loading === loading) this.#loading = undefined;
     });
-    this.#fetching = { workers, stop, done };
+    this.#fetching = { workers, standby, stop, done };
     return false;
   }
 }

@@ -71,6 +71,11 @@ export interface EngineOptions {
    * workers have it, under its path.
    */
   weights?: WeightsRef;
+  /**
+   * Whether workers fetch, beside their layers and with the least of haste, those that they would take over from any that is lost:
+   * it costs room on their disks, and spares the transfer after a loss. @default {false}
+   */
+  standby?: boolean;
   /** Milliseconds that a worker may load without getting any further. @default {600000} */
   loadTimeoutMs?: number;
   /** Milliseconds that a micro-batch may take through all stages. @default {120000} */
@@ -156,6 +161,7 @@ export class Engine {
       cost: modelCost(description, kv),
       shardOf: (stage) => shardOf(description, stage, shard),
       ...(options.weights === undefined ? {} : { weights: options.weights }),
+      standby: options.standby ?? false,
       ...(options.shards === undefined ? {} : { shards: options.shards }),
       workers: settings.workers,
       patient: options.patient ?? false,

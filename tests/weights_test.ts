@@ -363,3 +363,27 @@ test("who takes a lost worker's place and must fetch much does not hold requests
   assert([...states].some((text) => pattern.test(text)), [...states].join("\n"));
   assert.deepEqual(await answers(engine), right);
 });
+
+test("who stands by has the layers of one that is lost", async () => {
+  await using site = await Site.create();
+  const right = await expected(site.path);
+  await site.offer();
+  site.work("a");
+  site.work("b");
+  const engine = await site.serve({ workers: 2, shards: 2, standby: true });
+  // Each gets the other's layers, too.
+  const all = site.share(0, LAYERS).length;
+  const held = (id: string) => 512 * statSync(site.fetched(id)).blocks;
+  for (let i = 0; ["a", "b"].some((id) => held(id) < CHUNK_BYTES * (all - 1)); i++) {
+    assert(i < 600, `${held("a")} and ${held("b")} bytes are there`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+  while (engine.state.loading.length > 0) await new Promise((resolve) => setTimeout(resolve, 50));
+  await site.withdraw();
+  site.wishes.clear();
+  const running = answers(engine);
+  await site.end("a", "SIGKILL");
+  assert.deepEqual(await running, right);
+  assert.equal(site.total, 0);
+  assert.deepEqual(await answers(engine), right);
+});
