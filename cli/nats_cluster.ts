@@ -4,7 +4,7 @@ import { loadModel } from "../model/mod.ts";
 import { Engine } from "../orchestrator/mod.ts";
 import type { Worker } from "../worker/mod.ts";
 import { ChunkFile, manifestOf, WeightSource } from "../weights/mod.ts";
-import { cacheFolder, modelPath } from "./hub/reference.ts";
+import { cacheFolderIfAny, modelPath } from "./hub/reference.ts";
 import { EMBEDDED, LOST_MS, natsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
 import type { LocalClusterOptions } from "./local_cluster.ts";
@@ -63,8 +63,8 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
     }
     const bus = await NatsBus.connect({ ...natsOptions(flags, servers), name: "lutra-orchestrator", wait: true });
     ends.push(() => bus.close());
-    const source = await offerWeights(bus, flags.cluster, model.path, () => engine?.busy === true, onHashing);
-    ends.push(() => source.source.close());
+    const offer = await offerWeights(bus, flags.cluster, model.path, () => engine?.busy === true, onHashing);
+    if (offer !== undefined) ends.push(() => offer.source.close());
     const store = bus.store(flags.cluster);
     let worker: Worker | undefined;
     if (own) {
@@ -89,7 +89,7 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
       lostMs: LOST_MS,
       unload: false, // who serves next may want them
       log: (message) => console.error(message),
-      weights: source.ref,
+      ...(offer === undefined ? {} : { weights: offer.ref }),
       store,
       ...rest,
     });
@@ -101,16 +101,17 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
   }
 }
 
-/** Gives workers that lack the model's file what they need of it. */
+/** Gives workers that lack the model's file what they need of it; `undefined` where there is no cache folder. */
 async function offerWeights(
   bus: NatsBus,
   cluster: string,
   path: string,
   busy: () => boolean,
   onProgress: (fraction: number) => void = () => {},
-): Promise<{ source: WeightSource; ref: WeightsRef }> {
+): Promise<{ source: WeightSource; ref: WeightsRef } | undefined> {
   const log = (message: string) => console.error(message);
-  const cache = cacheFolder();
+  const cache = cacheFolderIfAny();
+  if (cache === undefined) return undefined;
   const manifest = await manifestOf(path, cache, { onProgress, log });
   const file = await ChunkFile.open(path, manifest, cache, "own");
   file.trust();

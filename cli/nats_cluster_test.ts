@@ -14,7 +14,7 @@ Deno.test({
     const child = new Deno.Command(Deno.execPath(), {
       args: ["run", "-q", "-P=serve", repoPath("mod.ts"), "serve", model, ...flags],
       cwd: repoPath(),
-      env: { NO_COLOR: "1", PATH: `${path}${Deno.env.get("PATH")}` },
+      env: { NO_COLOR: "1", PATH: `${path}${Deno.env.get("PATH")}`, LUTRA_CACHE: "/dev/null" },
       ...{ stdin: "null", stdout: "null", stderr: "piped" },
     }).spawn();
     let text = "";

@@ -6,8 +6,7 @@ import { NatsBus } from "../bus/mod.ts";
 import type { Bus } from "../bus/mod.ts";
 import { deviceHealth, loadKernels, Worker } from "../worker/mod.ts";
 import type { WorkerOptions } from "../worker/mod.ts";
-import { HubError } from "./hub/errors.ts";
-import { cacheFolder } from "./hub/reference.ts";
+import { cacheFolder, cacheFolderIfAny } from "./hub/reference.ts";
 import { deviceId, HEARTBEAT_MS, natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
 import { cacheChoice, integer, number } from "./options.ts";
@@ -113,13 +112,8 @@ export async function startWorker(
 
 /** Where fetched weights are kept; without a cache folder this device must have the model's file. */
 function weightsChoice(share: boolean): Pick<WorkerOptions, "weights"> {
-  try {
-    return { weights: { cache: cacheFolder(), maxBytes: cacheChoice().maxBytes, share } };
-  } catch (error) {
-    if (!(error instanceof HubError)) throw error;
-    console.error(`no weights are fetched: ${error.message}`);
-    return {};
-  }
+  const cache = cacheFolderIfAny();
+  return cache === undefined ? {} : { weights: { cache, maxBytes: cacheChoice().maxBytes, share } };
 }
 
 /** Resolves at the first signal; the second ends the process. */

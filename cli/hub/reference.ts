@@ -56,6 +56,17 @@ export function cacheFolder(env: (name: string) => string | undefined = (name) =
   return join(user, "lutra");
 }
 
+/** As {@linkcode cacheFolder}; `undefined`, and the reason shown, where there is none. */
+export function cacheFolderIfAny(): string | undefined {
+  try {
+    return cacheFolder();
+  } catch (error) {
+    if (!(error instanceof HubError)) throw error;
+    console.error(`no weights travel over the bus, devices must have the file: ${error.message}`);
+    return undefined;
+  }
+}
+
 /** Where a repository's files are kept. */
 export function repoFolder(reference: HubReference, cache: string): string {
   return join(cache, "models", reference.repo.replace("/", "--"), reference.revision.replaceAll("/", "--"));
