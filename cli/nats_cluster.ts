@@ -1,6 +1,7 @@
 import { NatsBus, NatsServer } from "../bus/mod.ts";
 import type { WeightsRef } from "../bus/mod.ts";
 import { loadModel } from "../model/mod.ts";
+import type { LoadedModel } from "../model/mod.ts";
 import { Engine } from "../orchestrator/mod.ts";
 import type { Worker } from "../worker/mod.ts";
 import { ChunkFile, manifestOf, WeightSource } from "../weights/mod.ts";
@@ -63,7 +64,7 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
     }
     const bus = await NatsBus.connect({ ...natsOptions(flags, servers), name: "lutra-orchestrator", wait: true });
     ends.push(() => bus.close());
-    const offer = await offerWeights(bus, flags.cluster, model.path, () => engine?.busy === true, onHashing);
+    const offer = await offerWeights(bus, flags.cluster, model, () => engine?.busy === true, onHashing);
     if (offer !== undefined) ends.push(() => offer.source.close());
     const store = bus.store(flags.cluster);
     let worker: Worker | undefined;
@@ -101,15 +102,20 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
   }
 }
 
-/** Gives workers that lack the model's file what they need of it; `undefined` where there is no cache folder. */
+/** Gives workers that lack the model's file what they need of it; `undefined` where that cannot be. */
 async function offerWeights(
   bus: NatsBus,
   cluster: string,
-  path: string,
+  model: LoadedModel,
   busy: () => boolean,
   onProgress: (fraction: number) => void = () => {},
 ): Promise<{ source: WeightSource; ref: WeightsRef } | undefined> {
   const log = (message: string) => console.error(message);
+  const { path } = model;
+  if ("files" in model && (model.files as readonly string[]).length > 0) {
+    log("the model is in several files, which do not travel over the bus: devices must have them");
+    return undefined;
+  }
   const cache = cacheFolderIfAny();
   if (cache === undefined) return undefined;
   const manifest = await manifestOf(path, cache, { onProgress, log });
