@@ -5,7 +5,7 @@ import type { Command } from "commander";
 import { NatsBus } from "../bus/mod.ts";
 import { isModelFolder, loadModel, MODEL_SHAPES, ModelError, shapeOfConfig, sketchModel } from "../model/mod.ts";
 import type { ModelDescription } from "../model/mod.ts";
-import { Membership, modelCost, placeReplicas, predict, stageCosts } from "../orchestrator/mod.ts";
+import { Membership, modelCost, place, predict, stageCosts } from "../orchestrator/mod.ts";
 import type { Device, ModelCost, PlacedStage } from "../orchestrator/mod.ts";
 import { isHubReference, modelPath } from "./hub/reference.ts";
 import { bytes, table } from "./inspect.ts";
@@ -62,11 +62,11 @@ export function addPlan(program: Command): void {
       });
       const devices = flags.device ?? await clusterDevices(flags);
       const hopSeconds = flags.hop / 1000;
-      const replicas = placeReplicas(cost, devices, {
+      const stages = place(cost, devices, {
         hopSeconds,
         ...(flags.shards === undefined ? {} : { shards: flags.shards }),
       });
-      show(cost, devices, replicas, hopSeconds, flags.json === true);
+      show(cost, devices, stages, hopSeconds, flags.json === true);
     },
   );
 }
@@ -108,26 +108,22 @@ async function clusterDevices(flags: PlanFlags): Promise<Device[]> {
 function show(
   cost: ModelCost,
   devices: readonly Device[],
-  replicas: readonly (readonly PlacedStage[])[],
+  stages: readonly PlacedStage[],
   hopSeconds: number,
   json: boolean,
 ): void {
-  const rows = replicas.flatMap((stages, replica) => {
-    const costs = stageCosts(cost, devices, stages);
-    return stages.map((stage, i) => ({ replica, ...stage, ...costs[i]! }));
-  });
-  const { oneStream, manyStreams } = predict(cost, devices, replicas, hopSeconds);
+  const costs = stageCosts(cost, devices, stages);
+  const rows = stages.map((stage, i) => ({ ...stage, ...costs[i]! }));
+  const { oneStream, manyStreams } = predict(cost, devices, stages, hopSeconds);
   const idle = devices.filter(({ id }) => rows.every(({ worker }) => worker !== id)).map(({ id }) => id);
   if (json) {
     return console.log(JSON.stringify({ stages: rows, idle, oneStreamTokS: oneStream, manyStreamsTokS: manyStreams }));
   }
   const offers = new Map(devices.map(({ id, memoryBytes }) => [id, memoryBytes]));
-  const several = replicas.length > 1;
   console.log([
     ...table(
-      [...(several ? ["replica"] : []), "device", "layers", "memory", "of", "ms a token"],
-      rows.map(({ replica, worker, first, end, memoryBytes, seconds }) => [
-        ...(several ? [`${replica + 1}`] : []),
+      ["device", "layers", "memory", "of", "ms a token"],
+      rows.map(({ worker, first, end, memoryBytes, seconds }) => [
         worker,
         `${first}–${end - 1}`,
         bytes(Math.round(memoryBytes)),

@@ -79,6 +79,7 @@ const REPLAN_MS = 30_000;
 /** Losses in a row without a micro-batch done between them, after which requests are given up. */
 const MOST_FRUITLESS = 4;
 const TICK_MS = 250;
+const MOST_PLACEMENTS = 32;
 /** Milliseconds that those are waited for who belonged to the cluster before. */
 const FORMER_MS = 2500;
 /** Milliseconds between two pings of every worker, where workers send heartbeats. */
@@ -106,6 +107,8 @@ export class Deployment {
   #state: DeploymentState = "waiting";
   #reason = "no workers yet";
   #epoch = 0;
+  /** How {@linkcode place} lays the model on workers, or why it does not. */
+  readonly #placements = new Map<string, readonly PlacedStage[] | PlacementError>();
   /** Ends the pipeline's watch. */
   #trouble: ((error: ClusterError) => void) | undefined;
   #fruitless = 0;
@@ -345,7 +348,24 @@ export class Deployment {
 
   #place(workers: readonly Hello[]): PlacedStage[] {
     const { cost, shards } = this.#options;
-    return place(cost, workers.map(deviceOf), shards === undefined ? {} : { shards });
+    const devices = workers.map(({ id, capabilities: { memoryBytes, bandwidthGBps } }) => ({
+      ...{ id, memoryBytes, bandwidthGBps },
+    }));
+    // The same workers are asked about again and again, and many take a while.
+    const key = JSON.stringify(devices);
+    let found = this.#placements.get(key);
+    if (found === undefined) {
+      try {
+        found = place(cost, devices, shards === undefined ? {} : { shards });
+      } catch (error) {
+        if (!(error instanceof PlacementError)) throw error;
+        found = error;
+      }
+      if (this.#placements.size >= MOST_PLACEMENTS) this.#placements.clear();
+      this.#placements.set(key, found);
+    }
+    if (found instanceof PlacementError) throw found;
+    return [...found];
   }
 
   async #load(since: number | undefined): Promise<Pipeline> {

@@ -49,9 +49,7 @@ const HOP_SECONDS = 4e-4;
 /** What a split may cost one stream, against the best single device. */
 const ONE_STREAM = 0.95;
 /** Sets of devices that are looked at; beyond, the fastest device comes first in every split. */
-const MAX_SETS = 1024;
-/** Replicas are simpler than a split that is so little faster. */
-const WORTH = 0.9;
+const MAX_SETS = 512;
 
 /**
  * Splits the layers into contiguous ranges, one per device used, so that the slowest stage is as fast as can be, no device
@@ -80,48 +78,17 @@ export function place(cost: ModelCost, devices: readonly Device[], options: Plac
 }
 
 /**
- * Splits the layers as {@linkcode place} does, or, where the whole model fits several devices and that serves more streams, puts
- * it on each of them, and on the others together if they can hold it. The replica that is fastest for one stream comes first.
- *
- * @throws {PlacementError} with every device's share when the model does not fit.
- */
-export function placeReplicas(
-  cost: ModelCost,
-  devices: readonly Device[],
-  options: PlaceOptions = {},
-): PlacedStage[][] {
-  const whole = place(cost, devices, options);
-  if (options.shards !== undefined) return [whole];
-  const end = cost.layers.length;
-  const fits = (device: Device) => rangeCosts(cost)(0, end).memoryBytes <= device.memoryBytes;
-  const replicas: PlacedStage[][] = devices.filter(fits).map(({ id }) => [{ worker: id, first: 0, end }]);
-  if (replicas.length === 0) return [whole];
-  const others = devices.filter((device) => !fits(device));
-  try {
-    if (others.length > 0) replicas.push(place(cost, others, options));
-  } catch (error) {
-    if (!(error instanceof PlacementError)) throw error; // they stay idle
-  }
-  const speed = (placement: readonly PlacedStage[][]) => predict(cost, devices, placement, options.hopSeconds);
-  const one = new Map(replicas.map((stages) => [stages, speed([stages]).oneStream]));
-  replicas.sort((a, b) => one.get(b)! - one.get(a)!);
-  return speed(replicas).manyStreams >= WORTH * speed([whole]).manyStreams ? replicas : [whole];
-}
-
-/**
- * Tokens per second of a placement, as far as reading weights and hops go: of one stream, on the replica that comes first, and of
- * so many that all stages are busy, without batching.
+ * Tokens per second of a split, as far as reading weights and hops go: of one stream, and of so many that all stages are busy,
+ * without batching.
  */
 export function predict(
   cost: ModelCost,
   devices: readonly Device[],
-  replicas: readonly (readonly PlacedStage[])[],
+  stages: readonly PlacedStage[],
   hopSeconds = HOP_SECONDS,
 ): { oneStream: number; manyStreams: number } {
-  const [first = []] = replicas;
-  const once = stageCosts(cost, devices, first).reduce((sum, { seconds }) => sum + seconds + hopSeconds, 0);
-  const many = replicas.map((stages) => 1 / slowestStage(cost, devices, stages));
-  return { oneStream: 1 / once, manyStreams: many.reduce((sum, rate) => sum + rate, 0) };
+  const once = stageCosts(cost, devices, stages).reduce((sum, { seconds }) => sum + seconds + hopSeconds, 0);
+  return { oneStream: 1 / once, manyStreams: 1 / slowestStage(cost, devices, stages) };
 }
 
 /** Seconds for a token on the fastest device that holds the whole model; infinite when none does. */
@@ -190,7 +157,6 @@ interface Best {
 /** Finds splits, by dynamic programming over sets of devices and the first layers that they hold. */
 class Splitter {
   readonly #layers: number;
-  readonly #range: (from: number, to: number) => LayerCost;
   readonly #kinds: readonly Kind[];
   /** A set is the number of devices of each kind, of which one of kind `i` counts `#weights[i]`. */
   readonly #weights: readonly number[];
@@ -198,10 +164,11 @@ class Splitter {
   /** Too many sets: kinds come in the order of their speed, each device once. */
   readonly #ordered: boolean;
   readonly #hop: number;
+  /** Of every kind, seconds of a token in layers `from` to `to`, at `from · (layers + 1) + to`; infinite where memory lacks. */
+  readonly #times: readonly Float64Array[];
 
   constructor(cost: ModelCost, devices: readonly Device[], hopSeconds: number) {
     this.#layers = cost.layers.length;
-    this.#range = rangeCosts(cost);
     this.#hop = hopSeconds;
     const bandwidths = knownBandwidths(devices);
     const kinds = new Map<string, { ids: string[]; memoryBytes: number; bandwidth: number }>();
@@ -232,6 +199,18 @@ class Splitter {
       });
       this.#sets = sets;
     }
+    const range = rangeCosts(cost);
+    this.#times = this.#kinds.map(({ memoryBytes, bandwidth }) => {
+      const times = new Float64Array((this.#layers + 1) ** 2).fill(Infinity);
+      for (let from = 0; from < this.#layers; from++) {
+        for (let to = from + 1; to <= this.#layers; to++) {
+          const own = range(from, to);
+          if (own.memoryBytes > memoryBytes) break; // a longer range needs still more
+          times[from * (this.#layers + 1) + to] = own.readBytes / bandwidth;
+        }
+      }
+      return times;
+    });
   }
 
   /**
@@ -240,15 +219,7 @@ class Splitter {
    */
   fastest(count: number | undefined, most = Infinity): PlacedStage[] | undefined {
     const times = new Set<number>();
-    for (const kind of this.#kinds) {
-      for (let from = 0; from < this.#layers; from++) {
-        for (let to = from + 1; to <= this.#layers; to++) {
-          const time = this.#time(kind, from, to);
-          if (time === Infinity) break;
-          times.add(time);
-        }
-      }
-    }
+    for (const own of this.#times) own.forEach((time) => time < Infinity && times.add(time));
     const limits = Float64Array.from(times).sort();
     // Rounding must not forbid the single device that the limit comes from.
     const within = most * (1 + 1e-9);
@@ -273,11 +244,6 @@ class Splitter {
     return this.#split(Infinity, count) !== undefined;
   }
 
-  #time({ memoryBytes, bandwidth }: Kind, from: number, to: number): number {
-    const cost = this.#range(from, to);
-    return cost.memoryBytes > memoryBytes ? Infinity : cost.readBytes / bandwidth;
-  }
-
   /** The split that is fastest for one stream among those without a stage slower than `limit` seconds. */
   #split(limit: number, count: number | undefined): { sum: number; stages: PlacedStage[] } | undefined {
     const layers = this.#layers;
@@ -295,11 +261,12 @@ class Splitter {
       if (size >= most) continue;
       for (const [kind, next] of this.#nexts(set)) {
         const following = best[next]!;
+        const times = this.#times[kind]!;
         for (let from = 0; from < layers; from++) {
           const prior = row[from];
           if (prior === undefined) continue;
           for (let to = from + 1; to <= layers; to++) {
-            const time = this.#time(this.#kinds[kind]!, from, to);
+            const time = times[from * (layers + 1) + to]!;
             if (time > limit || time === Infinity) break; // a longer range is slower still, or needs still more memory
             const sum = prior.sum + time + this.#hop;
             if (sum < (following[to]?.sum ?? Infinity)) following[to] = { sum, kind, from, before: set };

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { PlacementError } from "./errors.ts";
-import { place, placeReplicas, predict } from "./placement.ts";
+import { place, predict } from "./placement.ts";
 import type { Device, ModelCost, PlacedStage } from "./placement.ts";
 
 function random(seed: number): (n: number) => number {
@@ -136,41 +136,9 @@ Deno.test("place: where the model fits the fastest, a slow one gets no layers; a
   assert.equal(place(cost, two(10), { hopSeconds: 0.045 }).length, 1);
   // 7 layers in 0.7 s and one in 0.11 s: 0.81 s instead of 0.8, but no more than that.
   assert.equal(place(cost, two(9)).length, 2);
-  const { oneStream, manyStreams } = predict(cost, two(10), [place(cost, two(10))], 0.01);
+  const { oneStream, manyStreams } = predict(cost, two(10), place(cost, two(10)), 0.01);
   near(oneStream, 1 / (0.8 + 2 * 0.01), "one stream passes both stages");
   near(manyStreams, 1 / 0.4, "many keep the slower busy");
-});
-
-Deno.test("placeReplicas: a model that fits several devices lies on each, on the fastest first, and on the others together", () => {
-  const cost = uniform(4, 1e9, 1e9);
-  const devices = [
-    { id: "half-a", memoryBytes: 2e9, bandwidthGBps: 10 },
-    { id: "slow", memoryBytes: 4e9, bandwidthGBps: 5 },
-    { id: "fast", memoryBytes: 4e9, bandwidthGBps: 20 },
-    { id: "half-b", memoryBytes: 2e9, bandwidthGBps: 10 },
-    { id: "tiny", memoryBytes: 1e8, bandwidthGBps: 10 },
-  ];
-  const replicas = placeReplicas(cost, devices);
-  assert.deepEqual(replicas, [
-    [{ worker: "fast", first: 0, end: 4 }],
-    [{ worker: "half-a", first: 0, end: 2 }, { worker: "half-b", first: 2, end: 4 }],
-    [{ worker: "slow", first: 0, end: 4 }],
-  ]);
-  const { oneStream, manyStreams } = predict(cost, devices, replicas, 0);
-  near(oneStream, 5, "20 GB/s over 4 GB");
-  near(manyStreams, 5 + 5 + 1.25, "the fast one, two halves of 0.2 s each, and the slow one");
-  assert.deepEqual(placeReplicas(cost, devices, { shards: 1 }), [place(cost, devices, { shards: 1 })]);
-  assert.equal(placeReplicas(uniform(8, 1e9, 1e9), devices).length, 1, "it fits none alone");
-  assert.throws(() => placeReplicas(uniform(80, 1e9, 1e9), devices), PlacementError);
-});
-
-Deno.test("placeReplicas: devices that fit only together serve more than the one that it fits alone", () => {
-  const cost = uniform(4, 1e9, 1e9);
-  const devices = [
-    { id: "whole", memoryBytes: 4e9, bandwidthGBps: 10 },
-    { id: "part", memoryBytes: 2e9, bandwidthGBps: 10 },
-  ];
-  assert.deepEqual(placeReplicas(cost, devices).map((stages) => stages.map(({ first, end }) => end - first)), [[2, 2]]);
 });
 
 Deno.test("place: equal devices keep their order; an unknown bandwidth counts as the median", () => {
