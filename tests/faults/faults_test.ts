@@ -93,7 +93,7 @@ Deno.test({
   name: "serve and worker: they find each other in any order, outlive each other's ends, and say what is missing",
   ignore: nats.absent,
   async fn() {
-    await using server = await nats.start({ token: "s3cret" });
+    await using server = await nats.start({ token: "s3cret", jetstream: true });
     const flags = ["--nats", server.url];
     const serve = () =>
       lutra("serve", "serve", MODEL, ...flags, "--no-worker", "--port", "0", "--recovery", "1", "--context", "256");
