@@ -22,9 +22,6 @@ import { nats } from "../nats.ts";
 /** The bundled model. */
 export const MODEL = repoPath("models", "lutra-books-6M-TQ2_0.gguf");
 
-/** Where the server tells of its connections; one for each process of tests. */
-const MONITOR_PORT = 20_000 + Deno.pid % 10_000;
-
 /** What the server tells of a client: its name, and its subscriptions. */
 const connectionsSchema = z.object({
   connections: z.array(z.object({ name: z.string().default(""), subscriptions: z.number() })),
@@ -255,8 +252,14 @@ export class Device {
   }
 }
 
-function startServer(port: number): Promise<NatsServer> {
-  return nats.start({ host: "0.0.0.0", port, config: `http: "127.0.0.1:${MONITOR_PORT}"` });
+/** @param monitor The port on which the server tells of its connections. */
+function startServer(port: number, monitor: number): Promise<NatsServer> {
+  return nats.start({ host: "0.0.0.0", port, config: `http: "127.0.0.1:${monitor}"` });
+}
+
+function freePort(): number {
+  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  return listener.addr.port;
 }
 
 /** What a cluster is made of. */
@@ -274,8 +277,11 @@ export class FaultCluster implements AsyncDisposable {
   #source: WeightSource | undefined;
   #sourceBus: NatsBus | undefined;
 
-  private constructor(server: NatsServer) {
+  readonly #monitor: number;
+
+  private constructor(server: NatsServer, monitor: number) {
     this.server = server;
+    this.#monitor = monitor;
   }
 
   static async start(
@@ -283,7 +289,8 @@ export class FaultCluster implements AsyncDisposable {
     options: Partial<EngineOptions> = {},
     devices: DeviceOptions = {},
   ): Promise<FaultCluster> {
-    const cluster = new FaultCluster(await startServer(0));
+    const monitor = freePort();
+    const cluster = new FaultCluster(await startServer(0, monitor), monitor);
     try {
       await cluster.#offer();
       for (let i = 0; i < count; i++) {
@@ -321,7 +328,7 @@ export class FaultCluster implements AsyncDisposable {
     const { port } = this.server;
     this.server.kill("SIGKILL");
     await this.server.stop();
-    this.server = await startServer(port);
+    this.server = await startServer(port, this.#monitor);
   }
 
   /** Opens the orchestrator's side. */
@@ -361,7 +368,7 @@ export class FaultCluster implements AsyncDisposable {
 
   /** Subscriptions of every client, by its name. */
   async subscriptions(): Promise<Map<string, number>> {
-    const response = await fetch(`http://127.0.0.1:${MONITOR_PORT}/connz`);
+    const response = await fetch(`http://127.0.0.1:${this.#monitor}/connz`);
     const { connections } = connectionsSchema.parse(await response.json());
     return new Map(connections.map(({ name, subscriptions }) => [name, subscriptions]));
   }
