@@ -23,8 +23,9 @@ const PREFILL_TOKENS = 512;
 /** Tokens of a stream before and while it is measured. */
 const WARM_TOKENS = 8;
 const STREAMS = 4;
-/** Tokens between two looks at the hop cost. */
-const STRETCH = 4;
+/** Short answers that tell the hop cost, and their tokens. */
+const HOP_ANSWERS = 9;
+const HOP_TOKENS = 12;
 
 /** Prompts that have no beginning in common. */
 let prompts = 0;
@@ -62,26 +63,22 @@ async function prefill(engine: Engine): Promise<number> {
 
 /**
  * Milliseconds that a token of one stream takes beyond the kernels for each hop, there being as many as stages: the median over
- * short stretches.
+ * short answers.
  */
-async function hopCost(engine: Engine, tokens: number): Promise<number> {
-  const busy = async () => {
-    const stages = await engine.query();
-    return { steps: stages[0]!.steps, ms: stages.reduce((sum, { busyMs }) => sum + busyMs, 0), stages: stages.length };
-  };
-  const promptTokens = prompt(4, engine.model.description.hyper.vocab);
+async function hopCost(engine: Engine): Promise<number> {
+  const busyMs = async () => (await engine.query()).reduce((sum, stage) => sum + stage.busyMs, 0);
+  const { vocab } = engine.model.description.hyper;
+  const { stages } = engine.stats();
   const hops: number[] = [];
-  let [before, since] = [await busy(), performance.now()];
-  let seen = 0;
-  const request = { promptTokens, maxTokens: tokens, ignoreEos: true, sampling: GREEDY };
-  for await (const _ of engine.generate(request)) {
-    if (++seen % STRETCH !== 0) continue;
-    const [now, at] = [await busy(), performance.now()];
-    const { ms, steps, stages } = now;
-    hops.push((at - since - (ms - before.ms)) / (steps - before.steps) / stages);
-    [before, since] = [now, at];
+  for (let i = 0; i < HOP_ANSWERS; i++) {
+    const before = await busyMs();
+    const begin = performance.now();
+    const request = { promptTokens: prompt(1, vocab), maxTokens: HOP_TOKENS, ignoreEos: true, sampling: GREEDY };
+    for await (const _ of engine.generate(request)) { /* one micro-batch each */ }
+    const wallMs = performance.now() - begin;
+    hops.push((wallMs - (await busyMs() - before)) / HOP_TOKENS / stages.length);
   }
-  return median(hops.slice(1));
+  return median(hops);
 }
 
 interface Flags {
@@ -152,7 +149,7 @@ async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): 
       ratio: alone.ratio,
       ratio_one: alone.ratio,
       theory: one / (one + 2 * hop),
-      hop_ms: await hopCost(cluster.engine, 2 * tokens),
+      hop_ms: await hopCost(cluster.engine),
     };
     const many = await decoding(STREAMS);
     const turn = stepMs.get(STREAMS / 2)! + 2 * hop;

@@ -121,7 +121,7 @@ interface Step {
  * sequences, longest waiting first, then chunks of prompts, one request after the other.
  *
  * With N stages, at most N micro-batches hold decoding sequences, and each at most an N-th of them, so that all stages are
- * busy; only while nothing decodes is one more sent. KV blocks are counted here: no stage is ever asked for more than it has.
+ * busy; one more is sent while nothing decodes, or when all of them are full. KV blocks are counted here: no stage is ever asked for more than it has.
  * When blocks run out the youngest sequence gives way. It loses nothing but time, as it is its token ids.
  *
  * A sequence that has ended stays in the KV cache until the room is needed: a job that begins with its tokens, as the next
@@ -261,14 +261,22 @@ export class Scheduler {
 
   #schedule(): void {
     this.#admit();
-    const { stages } = this.#runner;
     for (;;) {
       const decoding = this.#running.filter(decodes).length;
-      if (this.#steps.size >= (decoding > 0 ? stages : stages + 1)) return;
+      if (this.#steps.size >= this.#mostSteps(decoding)) return;
       const entries = this.#compose(decoding);
       if (entries.length === 0) return;
       this.#send(entries);
     }
+  }
+
+  /**
+   * How many micro-batches may be on their way: one more than there are stages hides the ways between them, but is not worth
+   * smaller micro-batches.
+   */
+  #mostSteps(decoding: number): number {
+    const { stages } = this.#runner;
+    return decoding > 0 && decoding <= stages * this.#options.maxBatch ? stages : stages + 1;
   }
 
   /** Lets waiting jobs in, oldest first, as long as their tokens find room beside those of the others. */
@@ -352,7 +360,7 @@ export class Scheduler {
     const prefillFirst = prefills.length > 0 && this.#starved >= PREFILL_PATIENCE;
     if (prefillFirst) this.#choosePrefill(batch, prefills, Math.ceil(this.#options.maxBatch / 2));
     const groups = [...this.#steps].filter((step) => step.decoding).length;
-    if (groups < stages) {
+    if (groups < this.#mostSteps(decoding)) {
       const share = Math.ceil(decoding / stages);
       for (const sequence of byService) {
         if (batch.decoding >= share) break;
