@@ -49,11 +49,14 @@ class Link implements AsyncDisposable {
   /** Where the device reaches this side. */
   readonly host: string;
   readonly namespace: string;
+  /** Links made: clusters of one process must not share them. */
+  static #count = 0;
   readonly #outer: string;
   readonly #inner: string;
   #relay: Deno.ChildProcess | undefined;
 
-  private constructor(index: number) {
+  private constructor() {
+    const index = Link.#count++;
     const tag = `${Deno.pid % 100_000}x${index}`;
     this.namespace = `lutra-${tag}`;
     this.#outer = `lt${tag}`;
@@ -63,9 +66,9 @@ class Link implements AsyncDisposable {
   }
 
   /** `undefined` where this user may not make one. */
-  static async create(index: number, delayMs: number): Promise<Link | undefined> {
+  static async create(delayMs: number): Promise<Link | undefined> {
     if (Deno.build.os !== "linux" || Deno.uid() !== 0) return undefined;
-    const link = new Link(index);
+    const link = new Link();
     try {
       await tool("ip", "netns", "add", link.namespace);
       if (delayMs > 0) await link.#connectRelay(delayMs);
@@ -108,7 +111,9 @@ class Link implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     await tool("ip", "netns", "del", this.namespace).catch(() => {}); // a pair of veth goes with it
     if (this.#relay === undefined) return;
-    this.#relay.kill("SIGKILL");
+    try {
+      this.#relay.kill("SIGKILL");
+    } catch { /* it has ended */ }
     await this.#relay.status;
   }
 }
@@ -294,7 +299,7 @@ export class FaultCluster implements AsyncDisposable {
     try {
       await cluster.#offer();
       for (let i = 0; i < count; i++) {
-        const device = new Device(i, await Link.create(i, devices.delayMs ?? 0), cluster.server.port, devices);
+        const device = new Device(i, await Link.create(devices.delayMs ?? 0), cluster.server.port, devices);
         cluster.devices.push(device);
         device.start();
       }
