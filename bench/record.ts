@@ -35,6 +35,8 @@ const clusterPartSchema = z.strictObject({
   shape: z.string(),
   type: z.string(),
   rounds: z.number().int().positive(),
+  /** What is to be known of the run. */
+  note: z.string().optional(),
   rows: z.array(clusterRowSchema),
 });
 
@@ -88,7 +90,9 @@ export function describeResults(results: Results, drawings: readonly string[]): 
     ...(cluster === undefined ? [] : [
       "## A cluster",
       "",
-      `${cluster.shape} of ${cluster.type}, one thread a worker, medians of ${cluster.rounds} rounds.`,
+      `${cluster.shape} of ${cluster.type}, one thread a worker, medians of ${cluster.rounds} rounds. ${
+        cluster.note ?? ""
+      }`.trim(),
       "",
       ...code(describeCluster(cluster.rows)),
     ]),
