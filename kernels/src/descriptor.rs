@@ -19,19 +19,65 @@ const MAX_EXPERTS: usize = 4096;
 /// Bound on the floats of one activation buffer: maxBatch × the widest row.
 const MAX_ACTIVATIONS: usize = 1 << 30;
 
-/// A tensor in the model file.
+/// A tensor in a model's file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorRef {
     pub name: String,
-    /// GGML type id.
+    /// GGML type id of what is stored.
     #[serde(rename = "type")]
     pub kind: u32,
     /// Columns, then rows for a matrix, then matrices.
     pub shape: Vec<usize>,
+    /// 0: the descriptor's `path`; from 1 on one of its `files`.
+    #[serde(default)]
+    pub file: usize,
     /// From the file's begin.
     pub offset: u64,
+    /// Of what is stored there.
     pub bytes: u64,
+    /// Which rows it takes of those stored; all if absent.
+    #[serde(default)]
+    pub rows: Option<Rows>,
+    /// How it is stored if not as rows of blocks.
+    #[serde(default)]
+    pub layout: Option<Layout>,
+}
+
+/// Of `of` rows, `block` ones of every `stride`, from `first` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rows {
+    pub of: usize,
+    pub first: usize,
+    pub block: usize,
+    pub stride: usize,
+}
+
+/// How a file may keep a matrix.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", rename_all_fields = "camelCase", tag = "kind")]
+pub enum Layout {
+    /// Floats, columns one after the other.
+    Transposed,
+    /// `pack::grouped`'s GPTQ; what is stored at the tensor's own place are the codes. Without `index`, `group` columns after the
+    /// other share a group, or all if it is 0. `zero` is added to stored zero points.
+    Gptq {
+        bits: usize,
+        zero: u32,
+        group: usize,
+        scales: Box<TensorRef>,
+        zeros: Box<TensorRef>,
+        index: Option<Box<TensorRef>>,
+    },
+    /// `pack::grouped`'s AWQ, likewise.
+    Awq { group: usize, scales: Box<TensorRef>, zeros: Box<TensorRef> },
+    /// `pack::ternary`'s quarters: weights are multiplied with `scale`, one number, or with `inverse` divided by it.
+    Quarters { scale: Option<Box<TensorRef>>, inverse: bool },
+    /// Floats, to be rounded as `pack::ternary::ternarised` does.
+    Ternarised,
+    /// Nothing is stored at the tensor's own place: these follow each other.
+    Parts { parts: Vec<TensorRef> },
 }
 
 /// A matrix with what is done to its product: `y = scale·(W·x) + bias`.
@@ -67,7 +113,15 @@ pub enum RopeScaling {
     /// The frequency of every pair is divided by its own factor.
     Factors { factors: TensorRef },
     /// Such factors in two sets, one for contexts up to the `original` one (arXiv:2402.13753).
-    Longrope { short: TensorRef, long: TensorRef, original: usize, attention: f64 },
+    Longrope { short: Factors, long: Factors, original: usize, attention: f64 },
+}
+
+/// A factor for every pair: in the file, or here.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Factors {
+    Values(Vec<f32>),
+    Tensor(TensorRef),
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -94,6 +148,9 @@ pub enum NormKind {
 pub struct NormOptions {
     pub kind: NormKind,
     pub eps: f32,
+    /// Added to the weights of every norm.
+    #[serde(default)]
+    pub offset: f32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -262,6 +319,9 @@ pub struct Layer {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Descriptor {
     pub path: String,
+    /// Names of further files in the same folder.
+    #[serde(default)]
+    pub files: Vec<String>,
     pub threads: usize,
     #[serde(default)]
     pub pin: Pin,
@@ -340,6 +400,14 @@ impl Descriptor {
         for rope in &h.ropes {
             rope.check(h.head_dim)?;
         }
+        if !h.norm.offset.is_finite() {
+            return Err(Error::argument(format!("norm.offset is {}", h.norm.offset)));
+        }
+        for name in &self.files {
+            if name.is_empty() || name.contains(['/', '\\', '\0', ':']) || name.starts_with('.') {
+                return Err(Error::argument(format!("{name:?} is no name of a file beside {}", self.path)));
+            }
+        }
         for (name, value) in [
             ("norm.eps", Some(h.norm.eps)),
             ("embeddingScale", h.embedding_scale),
@@ -417,8 +485,8 @@ impl Rope {
                 &[]
             }
             Some(RopeScaling::Longrope { short, long, original, attention }) => {
-                short.check(&[dims / 2])?;
-                long.check(&[dims / 2])?;
+                short.check(dims / 2)?;
+                long.check(dims / 2)?;
                 &[("original", *original as f64), ("attention", *attention)]
             }
         };
@@ -506,22 +574,78 @@ impl Norm {
     }
 }
 
+impl Factors {
+    fn check(&self, count: usize) -> Result<()> {
+        match self {
+            Factors::Tensor(t) => t.check(&[count]),
+            Factors::Values(values) if values.len() == count => Ok(()),
+            Factors::Values(values) => {
+                Err(Error::argument(format!("{} factors for {count} pairs of a rotary embedding", values.len())))
+            }
+        }
+    }
+}
+
+impl Rows {
+    /// The place of every row among those stored.
+    pub fn places(self, count: usize) -> impl Iterator<Item = usize> {
+        (0..count).map(move |row| self.first + row / self.block * self.stride + row % self.block)
+    }
+
+    fn check(self, count: usize) -> Result<()> {
+        let bad = || Error::argument(format!("{count} rows are not {self:?}"));
+        if self.block == 0 || self.block > self.stride || count == 0 {
+            return Err(bad());
+        }
+        let last = ((count - 1) / self.block)
+            .checked_mul(self.stride)
+            .and_then(|at| at.checked_add(self.first)?.checked_add((count - 1) % self.block));
+        last.filter(|&last| last < self.of).map(|_| ()).ok_or_else(bad)
+    }
+}
+
 impl TensorRef {
     /// The tensor's type; the error names the tensor.
     pub fn source_type(&self) -> Result<SourceType> {
         SourceType::from_ggml(self.kind).map_err(|e| Error::new(e.code, format!("tensor {}: {}", self.name, e.message)))
     }
 
+    /// Whether both are the same whole tensor, stored as it is.
+    pub(crate) fn same_place(&self, other: &TensorRef) -> bool {
+        let whole = |t: &TensorRef| t.layout.is_none() && t.rows.is_none();
+        let place = |t: &TensorRef| (t.file, t.offset, t.kind);
+        whole(self) && whole(other) && place(self) == place(other) && self.shape == other.shape
+    }
+
     fn check(&self, expected: &[usize]) -> Result<()> {
         if self.shape != expected {
             return Err(Error::data(format!("tensor {} has shape {:?}, not {expected:?}", self.name, self.shape)));
         }
-        let ty = self.source_type()?;
+        let named = |e: Error| Error::new(e.code, format!("tensor {}: {}", self.name, e.message));
         let rows = expected[1..].iter().try_fold(1usize, |rows, &n| rows.checked_mul(n));
-        let bytes = rows
-            .ok_or_else(|| Error::data("it has too many rows"))
-            .and_then(|rows| ty.tensor_bytes(rows, expected[0]))
-            .map_err(|e| Error::new(e.code, format!("tensor {}: {}", self.name, e.message)))?;
+        let rows = rows.ok_or_else(|| named(Error::data("it has too many rows")))?;
+        if let Some(Layout::Parts { parts }) = &self.layout {
+            let (count, inner) = match expected {
+                [inner @ .., count] if !inner.is_empty() => (*count, inner),
+                _ => return Err(named(Error::data("a vector has no parts"))),
+            };
+            if self.rows.is_some() || parts.len() != count {
+                return Err(named(Error::data(format!("it has {} parts, not {count}", parts.len()))));
+            }
+            return parts.iter().try_for_each(|part| match part.layout {
+                Some(Layout::Parts { .. }) => Err(named(Error::data("a part has parts"))),
+                _ => part.check(inner),
+            });
+        }
+        if let Some(rows_of) = self.rows {
+            rows_of.check(rows).map_err(named)?;
+        }
+        let stored = self.rows.map_or(rows, |rows| rows.of);
+        let bytes = match &self.layout {
+            // What these need is checked with all parts at hand, when they are taken apart.
+            Some(Layout::Gptq { .. } | Layout::Awq { .. } | Layout::Quarters { .. }) => return Ok(()),
+            _ => self.source_type()?.tensor_bytes(stored, expected[0]).map_err(named)?,
+        };
         if bytes as u64 != self.bytes {
             return Err(Error::data(format!("tensor {} has {} bytes, not {bytes}", self.name, self.bytes)));
         }

@@ -121,6 +121,7 @@ pub struct Activations {
     k: usize,
     has_floats: bool,
     x: Vec<f32>,
+    gathered: Vec<f32>,
     quantized: Vec<Quantized>,
 }
 
@@ -152,6 +153,26 @@ impl Activations {
 
     pub fn with_precision(precision: Precision) -> Self {
         Self { precision, ..Self::default() }
+    }
+
+    /// `prepare` with the columns of `x` in another order, if there is one: place i takes `order[i]`, below `k`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn prepare_in_order(
+        &mut self,
+        ks: &Kernels,
+        x: &[f32],
+        order: Option<&[u32]>,
+        n: usize,
+        k: usize,
+        forms: &[PackedForm],
+        pool: &Pool,
+    ) {
+        let Some(order) = order else { return self.prepare(ks, x, n, k, forms, pool) };
+        let mut gathered = std::mem::take(&mut self.gathered);
+        gathered.clear();
+        x.chunks_exact(k).for_each(|x| gathered.extend(order.iter().map(|&from| x[from as usize])));
+        self.prepare(ks, &gathered, n, k, forms, pool);
+        self.gathered = gathered;
     }
 
     /// Prepares `x` (n × k, row-major) for products with weights of `forms`, by any plan; several matrices share one call. `k`

@@ -92,6 +92,8 @@ pub(crate) trait Dot {
     unsafe fn both<const BYTE: u32>(_a: Self::Int) -> Self::Int {
         unreachable!("only with PAIRS")
     }
+    /// `LANES` fields of 4 bits, each in a lane: of the first byte the low one first.
+    unsafe fn nibbles(from: *const u8) -> Self::Int;
     /// The table's entries for index bytes 0 ..= 15.
     unsafe fn lookup(table: &'static [i8; 16], index: Self::Int) -> Self::Int;
     /// The five digits of bytes of trits, in the layout that the implementation's forms use.
@@ -138,6 +140,8 @@ pub(crate) const SUB6_MIN: u8 = 5;
 pub(crate) const SUB6: u8 = 6;
 pub(crate) const SUB8: u8 = 7;
 pub(crate) const SUB6_OF_32: u8 = 8;
+pub(crate) const F16_ZERO4: u8 = 9;
+pub(crate) const F16_ZERO8: u8 = 10;
 
 /// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
 /// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
@@ -192,6 +196,8 @@ const fn scale_bytes(scale: u8) -> usize {
             TENSOR => 0,
             E8M0 => 1,
             F16 | SUB6 | SUB6_OF_32 | SUB8 => 2,
+            F16_ZERO8 => 3,
+            F16_ZERO4 => return FIELD_TILE * 5 / 2,
             _ => 4,
         }
 }
@@ -343,7 +349,8 @@ unsafe fn scale<D: Dot, const SCALE: u8>(args: &TileArgs, at: *const u8, chunk: 
 
 /// Rows `first + j .. + N`, groups with one scale, of `UNITS` units (0: as many as the form says).
 ///
-/// |Σ code·a| ≤ 256·128·127 < 2^22 or, signed with the bias, 256·255·127 on the way, far below 2^31, for each group.
+/// |Σ code·a| ≤ 256·128·127 < 2^22 or, signed with the bias or less a zero point, 256·255·127 on the way, far below 2^31, for
+/// each group.
 #[inline(always)]
 pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS: usize, const N: usize>(
     args: &TileArgs,
@@ -447,7 +454,7 @@ unsafe fn placed_total<D: Dot>(sums: &[D::Int; SUMS], width: usize) -> D::Int {
     total
 }
 
-/// acc = fma(d·d_a, sum, acc), then for a minimum fma(m·d_a, Σ a, acc); `at` is the place of the activations' group.
+/// acc = fma(d·d_a, sum − z·Σ a, acc), then for a minimum fma(m·d_a, Σ a, acc); `at` is the place of the activations' group.
 #[inline(always)]
 unsafe fn finish<D: Dot, const SCALE: u8>(
     args: &TileArgs,
@@ -459,7 +466,19 @@ unsafe fn finish<D: Dot, const SCALE: u8>(
     acc: &mut D::Float,
 ) {
     let a = D::splat_float(*args.scales.get_unchecked(at));
-    *acc = D::fma(D::mul_float(d, a), D::small_to_float(sum), *acc);
+    let sum = if matches!(SCALE, F16_ZERO4 | F16_ZERO8) {
+        let zeros = scales.add(2 * FIELD_TILE + D::LANES / 2 * chunk);
+        let mut zero = D::nibbles(zeros);
+        if SCALE == F16_ZERO8 {
+            zero = D::or(zero, D::shl(D::nibbles(zeros.add(FIELD_TILE / 2)), 4));
+            zero = D::sub(zero, D::splat(128)); // as the codes
+        }
+        D::sub(sum, D::mul(zero, D::splat(*args.sums.get_unchecked(at))))
+    } else {
+        sum
+    };
+    let sum = if SCALE == F16_ZERO8 { D::to_float(sum) } else { D::small_to_float(sum) };
+    *acc = D::fma(D::mul_float(d, a), sum, *acc);
     if SCALE == F16_MIN {
         let m = D::load_half(scales.add(2 * (FIELD_TILE + D::LANES * chunk)));
         let sum = D::splat_float(*args.sums.get_unchecked(at) as f32);
@@ -829,8 +848,9 @@ macro_rules! dot_kernels {
 
         /// The kernels for a form of fields or trits.
         fn dot_variants(form: PackedForm) -> &'static [Variant] {
-            use $crate::arch::dot::{E8M0, F16, F16_MIN, SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8, TENSOR};
+            use $crate::arch::dot::{E8M0, F16, F16_MIN, F16_ZERO4, F16_ZERO8, TENSOR};
             use $crate::arch::dot::{IQ1, IQ2, IQ3_S, IQ3_XXS, IQ4_NL, MXFP4};
+            use $crate::arch::dot::{SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8};
             use $crate::pack::{Codes, ScaleKind as S, Values};
             const fn dot(tile: TileKernel) -> Variant {
                 Variant { name: "dot", tile, widths: &[8, 4, 2, 1], tables: false }
@@ -860,6 +880,10 @@ macro_rules! dot_kernels {
                 (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<5, F16, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[dot(flat::<5, F16_MIN, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<5, SUB6_MIN>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F16Zero4, _) => const { &[dot(flat::<2, F16_ZERO4, 0>)] },
+                (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[dot(flat::<3, F16_ZERO4, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Zero4, _) => const { &[dot(flat::<4, F16_ZERO4, 0>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F16Zero8, _) => const { &[dot(flat::<8, F16_ZERO8, 0>)] },
                 (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[dot(nested::<6, SUB8>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<8, F16, 1>)] },
                 ($trits, Values::Offset(_), S::F16, 256) => const { &[dot(trits::<256>)] },

@@ -60,6 +60,11 @@ mod tests {
                 _ => (3, &[-1, 0]),
             };
             let kinds = offsets.iter().flat_map(|&offset| [(offset, ScaleKind::F16), (offset, ScaleKind::F16Min)]);
+            let kinds = kinds.chain(match codes {
+                Codes::Fields(2..=4) => Some((0, ScaleKind::F16Zero4)),
+                Codes::Fields(8) => Some((0, ScaleKind::F16Zero8)),
+                _ => None,
+            });
             for group in [32u16, 64, 96, 128, 256] {
                 for (offset, scale) in kinds.clone() {
                     let form = PackedForm { codes, values: Values::Offset(offset), group, scale };

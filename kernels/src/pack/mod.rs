@@ -9,11 +9,13 @@
 mod buffer;
 mod codebooks;
 pub(crate) mod fields;
+pub(crate) mod grouped;
 mod planes;
 #[cfg(test)]
 mod reference;
 pub(crate) mod scales;
 mod source;
+pub(crate) mod ternary;
 pub(crate) mod trits;
 
 use crate::bandwidth::Reading;
@@ -110,6 +112,10 @@ pub enum ScaleKind {
     F16,
     /// d·value + m, both f16 of the group.
     F16Min,
+    /// d·(value − z), an f16 and 4 bits of the group.
+    F16Zero4,
+    /// d·(value + 128 − z), an f16 and a byte of the group.
+    F16Zero8,
     /// 2^(e − 128)·value, e a byte of the group.
     E8M0,
     /// d·value, one f32 for the whole matrix.
@@ -188,6 +194,10 @@ impl PackedForm {
             T::L1 => both(1, offset(0), 128, F16Min),
             T::L2 => both(2, offset(0), 128, F16Min),
             T::L3 => both(3, offset(0), 128, F16Min),
+            _ => {
+                let (bits, group) = ty.zero_point().expect("all others were named");
+                one(bits as u8, offset(0), group as u16, if bits == 8 { F16Zero8 } else { F16Zero4 })
+            }
         }
     }
 
@@ -263,7 +273,9 @@ impl PackedForm {
                 _ => unreachable!("no table for {:?}", self.values),
             }
         });
-        scales::get(self, subs, scales, row, tensor)
+        let scales = scales::get(self, subs, scales, row, tensor);
+        values.iter_mut().for_each(|value| *value -= scales.zero);
+        scales
     }
 }
 

@@ -4,7 +4,9 @@
 use super::codebooks::{self, even_signs};
 use super::fields::{parts, place, UNIT, WORD};
 use super::planes::TILE;
-use super::source::{iq1_m_scale, iq1_m_sub_scale, iq4_scale, scale_6, scale_min_6, signs_at, tq1_trit, Block};
+use super::source::{
+    iq1_m_scale, iq1_m_sub_scale, iq4_scale, scale_6, scale_min_6, signs_at, tq1_trit, zero_of, Block,
+};
 use super::trits::encode;
 use super::*;
 
@@ -183,6 +185,14 @@ fn read(ty: SourceType, block: &[u8]) -> Block {
             b.scale = half(0);
         }
         F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
+        _ => {
+            let (n, group) = ty.zero_point().unwrap();
+            for (k, code) in b.codes[..group].iter_mut().enumerate() {
+                *code = (0..n).fold(0, |code, i| code | (block[3 + (n * k + i) / 8] >> ((n * k + i) % 8) & 1) << i);
+                *code ^= if n == 8 { 128 } else { 0 };
+            }
+            (b.scale, b.min) = (half(0), zero_of(n, block) as u16);
+        }
     }
     b
 }

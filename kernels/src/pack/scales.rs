@@ -9,6 +9,8 @@
 //!   t at bit 2t.
 //! - `Sub6Of32`: word 0 the low four bits of quads 0 and 1, word 1 the upper two bits, likewise.
 //! - `Sub8`: word t has the bytes of quad t.
+//!
+//! Zero points follow d: four bits of every row, of even rows in the low nibbles; of `F16Zero8` then the upper four likewise.
 
 use super::source::Block;
 use super::{PackedForm, ScaleKind, MAX_SUBS};
@@ -61,6 +63,8 @@ impl ScaleKind {
         match self {
             ScaleKind::None | ScaleKind::Tensor => 0,
             ScaleKind::E8M0 => rows,
+            ScaleKind::F16Zero4 => 2 * rows + rows / 2,
+            ScaleKind::F16Zero8 => 3 * rows,
             _ => self.sub_bytes(rows) + rows * if self.has_min() { 4 } else { 2 },
         }
     }
@@ -72,6 +76,8 @@ pub(crate) struct RowScales {
     pub d: f32,
     /// m or dmin; 0 if the kind has none.
     pub min: f32,
+    /// What is taken off every value; 0 if the kind has none.
+    pub zero: i32,
     /// s and m of the subs, `bias` taken off.
     pub sub_scales: [i32; MAX_SUBS],
     pub sub_mins: [i32; MAX_SUBS],
@@ -114,6 +120,13 @@ pub(super) fn put(form: PackedForm, subs: &mut [u8], scales: &mut [u8], row: usi
             if kind.has_min() {
                 scales[2 * (rows + row)..][..2].copy_from_slice(&block.min.to_le_bytes());
             }
+            let (at, shift) = (2 * rows + row / 2, row % 2 * 4);
+            if matches!(kind, ScaleKind::F16Zero4 | ScaleKind::F16Zero8) {
+                scales[at] |= (block.min as u8 & 15) << shift;
+            }
+            if kind == ScaleKind::F16Zero8 {
+                scales[at + rows / 2] |= (block.min as u8 >> 4) << shift;
+            }
         }
     }
 }
@@ -121,7 +134,7 @@ pub(super) fn put(form: PackedForm, subs: &mut [u8], scales: &mut [u8], row: usi
 /// A row's scales; `tensor` is the matrix's own.
 pub(super) fn get(form: PackedForm, subs: &[u8], scales: &[u8], row: usize, tensor: f32) -> RowScales {
     let (kind, rows) = (form.scale, form.tile_rows());
-    let mut r = RowScales { d: tensor, min: 0.0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
+    let mut r = RowScales { d: tensor, min: 0.0, zero: 0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
     for j in 0..form.group as usize / kind.sub(form.group as usize) {
         let (t, i) = (j / 4, j % 4);
         let at = |word: usize| subs[byte(rows, row, word, i)] as i32;
@@ -146,6 +159,12 @@ pub(super) fn get(form: PackedForm, subs: &[u8], scales: &[u8], row: usize, tens
             r.d = half(2 * row) * form.values.unit();
             if kind.has_min() {
                 r.min = half(2 * (rows + row));
+            }
+            let nibble = |at: usize| (scales[at + row / 2] >> (row % 2 * 4) & 15) as i32;
+            match kind {
+                ScaleKind::F16Zero4 => r.zero = nibble(2 * rows),
+                ScaleKind::F16Zero8 => r.zero = (nibble(2 * rows) | nibble(2 * rows + rows / 2) << 4) - 128,
+                _ => {}
             }
         }
     }

@@ -71,6 +71,23 @@ pub enum SourceType {
     L2 = 1002,
     /// The same with q of 3 bits.
     L3 = 1003,
+    /// Lutra's: 32 weights d·(q − z), q of 2 bits: d, a byte whose low bits are z, then a little-endian stream of bits. What
+    /// GPTQ and AWQ become (`layout`).
+    Z2_32 = 2032,
+    Z2_64 = 2064,
+    Z2_128 = 2128,
+    /// The same with q of 3 bits.
+    Z3_32 = 3032,
+    Z3_64 = 3064,
+    Z3_128 = 3128,
+    /// The same with q of 4 bits.
+    Z4_32 = 4032,
+    Z4_64 = 4064,
+    Z4_128 = 4128,
+    /// The same with q of 8 bits.
+    Z8_32 = 8032,
+    Z8_64 = 8064,
+    Z8_128 = 8128,
 }
 
 /// What the 4-bit codes of IQ4_NL are worth (ggml's `kvalues_iq4nl`).
@@ -93,7 +110,7 @@ pub(crate) const IQ3_XXS_VALUES: [i8; 16] = [2, 6, 10, 14, 18, 22, 26, 31, -2, -
 pub(crate) const IQ3_S_VALUES: [i8; 16] = [1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15];
 
 impl SourceType {
-    pub const ALL: [SourceType; 29] = [
+    pub const ALL: [SourceType; 41] = [
         SourceType::F32,
         SourceType::F16,
         SourceType::Q4_0,
@@ -123,6 +140,18 @@ impl SourceType {
         SourceType::L1,
         SourceType::L2,
         SourceType::L3,
+        SourceType::Z2_32,
+        SourceType::Z2_64,
+        SourceType::Z2_128,
+        SourceType::Z3_32,
+        SourceType::Z3_64,
+        SourceType::Z3_128,
+        SourceType::Z4_32,
+        SourceType::Z4_64,
+        SourceType::Z4_128,
+        SourceType::Z8_32,
+        SourceType::Z8_64,
+        SourceType::Z8_128,
     ];
 
     /// The type with this id in a GGUF file.
@@ -131,21 +160,39 @@ impl SourceType {
         known.ok_or_else(|| Error::unsupported(format!("tensor type {id} is not supported")))
     }
 
+    /// Bits of q and weights in a block of types d·(q − z), by their ids.
+    pub(crate) fn zero_point(self) -> Option<(usize, usize)> {
+        let id = self as usize;
+        (id >= 2000).then_some((id / 1000, id % 1000))
+    }
+
+    /// The type d·(q − z) with these.
+    pub(crate) fn with_zero_point(bits: usize, group: usize) -> Option<Self> {
+        Self::ALL.into_iter().find(|ty| ty.zero_point() == Some((bits, group)))
+    }
+
     /// Weights in a block.
     pub fn block_elements(self) -> usize {
         use SourceType::*;
+        if let Some((_, group)) = self.zero_point() {
+            return group;
+        }
         match self {
             F32 | F16 | BF16 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
             I2_S | L1 | L2 | L3 => 128,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | TQ1_0 | TQ2_0 => 256,
             IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S | IQ4_XS => 256,
+            _ => unreachable!("the ids of all others say it"),
         }
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
         use SourceType::*;
+        if let Some((bits, group)) = self.zero_point() {
+            return 3 + bits * group / 8;
+        }
         match self {
             F32 => 4,
             F16 | BF16 => 2,
@@ -173,6 +220,7 @@ impl SourceType {
             IQ3_XXS => 98,
             IQ3_S => 110,
             IQ4_XS => 136,
+            _ => unreachable!("the ids of all others say it"),
         }
     }
 
@@ -203,7 +251,7 @@ impl SourceType {
 }
 
 /// One float weight.
-pub(super) fn float(kind: FloatKind, bytes: &[u8]) -> f32 {
+pub(crate) fn float(kind: FloatKind, bytes: &[u8]) -> f32 {
     match kind {
         FloatKind::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
         FloatKind::F16 => f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]])),
@@ -220,11 +268,11 @@ pub(super) fn tq1_trit(byte: u8, n: usize) -> u8 {
 
 /// A block of a quantised type taken apart.
 pub(super) struct Block {
-    /// Codes in the order of k: unsigned, or two's complement for Q8_0.
+    /// Codes in the order of k: unsigned, or two's complement for Q8_0 and, less 128, for Z8.
     pub codes: [u8; MAX_GROUP],
     /// Bits of the scale d (f16; the exponent for MXFP4).
     pub scale: u16,
-    /// Bits of m, or of dmin.
+    /// Bits of m, or of dmin; or z.
     pub min: u16,
     /// s and m of the subs: s unsigned, with 128 added for Q6_K; of the IQ types 2s + 1, with 32 added.
     pub sub_scales: [u8; MAX_SUBS],
@@ -477,6 +525,17 @@ impl Block {
                 self.scale = iq1_m_scale(block);
             }
             F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
+            _ => {
+                let (bits, group) = ty.zero_point().expect("all others were named");
+                let (codes, bytes) = (&mut self.codes[..group], &block[3..]);
+                match bits {
+                    2 => stream::<2>(codes, bytes),
+                    3 => stream::<3>(codes, bytes),
+                    4 => stream::<4>(codes, bytes),
+                    _ => codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte ^ 0x80),
+                }
+                (self.scale, self.min) = (half(0), zero_of(bits, block) as u16);
+            }
         }
     }
 
@@ -543,6 +602,11 @@ fn stream<const N: usize>(codes: &mut [u8], bytes: &[u8]) {
             *code = (word >> (N * i)) as u8 & ((1 << N) - 1);
         }
     }
+}
+
+/// z of a block of q − z.
+pub(super) fn zero_of(bits: usize, block: &[u8]) -> i32 {
+    block[2] as i32 & ((1 << bits) - 1)
 }
 
 /// The f32 scale of an I2_S tensor of these bytes.
@@ -793,6 +857,14 @@ pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
                 for (k, y) in y.iter_mut().enumerate() {
                     let bit = |i: usize| (word((n * k + i) / 128) >> ((n * k + i) % 128) & 1) as u32;
                     *y = d * (0..n).map(|i| bit(i) << i).sum::<u32>() as f32 + m;
+                }
+            }
+            _ => {
+                let (bits, _) = ty.zero_point().expect("all others were named");
+                let (d, z) = (half(b), zero_of(bits, b));
+                for (k, y) in y.iter_mut().enumerate() {
+                    let bit = |i: usize| (b[3 + i / 8] >> (i % 8) & 1) as i32;
+                    *y = d * ((0..bits).map(|i| bit(bits * k + i) << i).sum::<i32>() - z) as f32;
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! The feed-forward part of a layer: one for all tokens, or a mixture of experts of which each token takes some.
 
-use super::weights::{FeedForward, Linear, Mlp, Moe};
+use super::weights::{same_order, FeedForward, Linear, Mlp, Moe};
 use super::{resize, Shard};
 use crate::descriptor::{Gating, MoeOptions};
 use crate::dispatch::Kernels;
@@ -53,14 +53,15 @@ impl Shard {
         profile: &mut Profile,
     ) {
         let (ks, kind) = (self.ks, self.hyper.activation);
-        let (cols, ff) = (mlp.up.w.cols, mlp.up.w.rows);
+        let ff = mlp.up.w.rows;
         // Without gate, `up` takes its place.
         let (first, second) = mlp.gate.as_ref().map_or((&mlp.up, None), |gate| (gate, Some(&mlp.up)));
         let forms = [first.w.form, second.unwrap_or(first).w.form];
-        act.prepare(ks, x, n, cols, &forms, pool);
+        act.prepare_in_order(ks, x, first.order.as_deref(), n, first.w.cols, &forms, pool);
         profile.end(Step::Quantize);
         let plain = |l: &Linear| l.scale.is_none() && l.bias.is_none();
-        if let Some(second) = second.filter(|second| plain(first) && plain(second)) {
+        let together = |second: &Linear| same_order([first, second]);
+        if let Some(second) = second.filter(|second| plain(first) && plain(second) && together(second)) {
             resize(gate, n * ff);
             resize(up, n * ff);
             let gated = [first, second].map(|l| (self.plans.plan(&l.w, n), &*l.w));
@@ -70,6 +71,9 @@ impl Shard {
         } else {
             self.linear(pool, first, act, n, gate);
             if let Some(second) = second {
+                if !together(second) {
+                    self.prepare(pool, second, x, n, act);
+                }
                 self.linear(pool, second, act, n, up);
             }
             let up = second.map(|_| &up[..n * ff]);
@@ -77,7 +81,7 @@ impl Shard {
         }
         profile.end(Step::GateUp);
         self.norm_in_place(pool, mlp.sub_norm.as_ref(), &mut gate[..n * ff], ff);
-        act.prepare(ks, &gate[..n * ff], n, ff, &[mlp.down.w.form], pool);
+        self.prepare(pool, &mlp.down, &gate[..n * ff], n, act);
         profile.end(Step::Quantize);
         self.linear(pool, &mlp.down, act, n, out);
         profile.end(Step::Down);
@@ -98,7 +102,7 @@ impl Shard {
     ) {
         let (ks, d) = (self.ks, self.hyper.embedding);
         let e = &mut b.experts;
-        act.prepare(ks, &b.norm[..n * d], n, d, &[moe.router.w.form], pool);
+        self.prepare(pool, &moe.router, &b.norm[..n * d], n, act);
         self.linear(pool, &moe.router, act, n, &mut e.scores);
         let chosen = e.scores[..n * options.experts].chunks_exact_mut(options.experts);
         let chosen: Vec<Vec<(usize, f32)>> = chosen.map(|scores| self.choose(scores, options)).collect();
@@ -145,7 +149,7 @@ impl Shard {
     /// How much of the shared expert each row takes.
     fn shares(&self, pool: &Pool, gate: &Linear, act: &mut Activations, n: usize, x: &[f32]) -> Vec<f32> {
         let mut shares = Vec::new();
-        act.prepare(self.ks, x, n, gate.w.cols, &[gate.w.form], pool);
+        self.prepare(pool, gate, x, n, act);
         self.linear(pool, gate, act, n, &mut shares);
         sigmoid(self, &mut shares[..n]);
         shares

@@ -2,6 +2,7 @@
 
 mod answers;
 mod feed_forward;
+mod layout;
 mod progress;
 mod rope;
 mod weights;
@@ -29,7 +30,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use weights::{FeedForward, Head, Linear, Mlp, Norm, Weights};
+use weights::{same_order, FeedForward, Head, Linear, Mlp, Norm, Weights};
 
 /// An open shard. Forward passes take turns.
 pub struct Shard {
@@ -124,7 +125,7 @@ impl Shard {
             Pin::None => Pool::new(d.threads),
             Pin::Cores => Pool::pinned(d.threads)?,
         };
-        let file_bytes = std::fs::metadata(&d.path).map_or(0, |file| file.len());
+        let file_bytes = files_bytes(d);
         let tuner = RefCell::new(Tuner::new(ks, &pool, d.tune, d.cache.as_ref(), file_bytes));
         let (weights, mut loaded) = Weights::load(d, &pool, &tuner, progress)?;
         let (plans, tuning) = tuner.into_inner().finish();
@@ -327,16 +328,24 @@ impl Shard {
             }
             self.norm(pool, layer.attn_norm.as_ref(), &b.hidden[..n * d], d, &mut b.norm);
             profile.end(Step::Norm);
-            let forms = [&layer.q, &layer.k, &layer.v].map(|l| l.w.form);
-            act.prepare(ks, &b.norm[..n * d], n, d, &forms, pool);
-            profile.end(Step::Quantize);
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
             let mut parts = [(&layer.q, &mut b.q[..]), (&layer.k, &mut b.k[..]), (&layer.v, &mut b.v[..])];
-            let bytes = parts.iter().map(|(l, _)| l.w.bytes()).sum::<usize>();
-            let products = parts.each_mut().map(|(l, y)| (self.plans.plan(&l.w, n), &*l.w, &mut **y));
-            matmul_all(ks, products, act, self.pool_for(pool, bytes * n));
+            let linears = parts.each_ref().map(|(l, _)| *l);
+            if same_order(linears) {
+                let forms = linears.map(|l| l.w.form);
+                act.prepare_in_order(ks, &b.norm[..n * d], layer.q.order.as_deref(), n, d, &forms, pool);
+                profile.end(Step::Quantize);
+                let bytes = linears.iter().map(|l| l.w.bytes()).sum::<usize>();
+                let products = parts.each_mut().map(|(l, y)| (self.plans.plan(&l.w, n), &*l.w, &mut **y));
+                matmul_all(ks, products, act, self.pool_for(pool, bytes * n));
+            } else {
+                for (l, y) in &mut parts {
+                    self.prepare(pool, l, &b.norm[..n * d], n, act);
+                    self.product(pool, &l.w, act, n, y);
+                }
+            }
             parts.iter_mut().for_each(|(l, y)| self.rest(l, n, y));
             profile.end(Step::QueryKeyValue);
 
@@ -395,7 +404,7 @@ impl Shard {
             attend(ks, past, &rows, &b.q[..n * wide], &mut b.attended[..n * wide], &mut b.partials, pool_here);
             profile.end(Step::Attention);
             self.norm_in_place(pool, layer.attn_sub_norm.as_ref(), &mut b.attended[..n * wide], wide);
-            act.prepare(ks, &b.attended[..n * wide], n, wide, &[layer.o.w.form], pool);
+            self.prepare(pool, &layer.o, &b.attended[..n * wide], n, act);
             profile.end(Step::Quantize);
             self.linear(pool, &layer.o, act, n, &mut b.delta);
             profile.end(Step::Output);
@@ -453,7 +462,7 @@ impl Shard {
             let n = rows.len();
             self.norm(pool, Some(norm), &b.hidden[i * at_once * d..][..n * d], d, &mut b.norm);
             profile.end(Step::Norm);
-            act.prepare(ks, &b.norm[..n * d], n, d, &[output.w.form], pool);
+            self.prepare(pool, output, &b.norm[..n * d], n, act);
             profile.end(Step::Quantize);
             self.linear(pool, output, act, n, &mut b.logits);
             profile.end(Step::Head);
@@ -494,6 +503,11 @@ impl Shard {
         } else {
             pool
         }
+    }
+
+    /// Prepares the `n` rows of `x` for `l`'s product.
+    fn prepare(&self, pool: &Pool, l: &Linear, x: &[f32], n: usize, act: &mut Activations) {
+        act.prepare_in_order(self.ks, x, l.order.as_deref(), n, l.w.cols, &[l.w.form], pool);
     }
 
     /// `y = x · Wᵀ` for the `n` rows of activations in `act`.
@@ -563,6 +577,13 @@ impl Shard {
         }
         ops::add(self.ks, hidden, delta);
     }
+}
+
+/// Bytes of the model's files, as far as they are here.
+fn files_bytes(d: &Descriptor) -> u64 {
+    let path = std::path::Path::new(&d.path);
+    let all = std::iter::once(path.to_path_buf()).chain(d.files.iter().map(|name| path.with_file_name(name)));
+    all.filter_map(|path| std::fs::metadata(path).ok()).map(|file| file.len()).sum()
 }
 
 /// Grows a buffer without clearing what is overwritten anyway.

@@ -1,13 +1,15 @@
 //! A shard's packed weights, as read from the model file.
 
-use crate::descriptor::{self, Descriptor, RopeScaling, TensorRef};
+use super::layout::Stored;
+use crate::descriptor::{self, Descriptor, Factors, Layout, RopeScaling, TensorRef};
 use crate::error::{Error, Result};
-use crate::mapping::ModelFile;
+use crate::mapping::ModelFiles;
 use crate::pack::{dequantize, pack, PackedMatrix, SourceType};
 use crate::pool::Pool;
 use crate::shard::Progress;
 use crate::tune::Tuner;
-use crate::weight_cache::{Cache, CacheReport, Source};
+use crate::weight_cache::{Cache, CacheReport, Part, Source};
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -15,7 +17,7 @@ use std::sync::Arc;
 pub(super) struct Weights {
     pub embedding: Option<Arc<PackedMatrix>>,
     /// A row per position, added to the embedding.
-    pub positions: Option<PackedMatrix>,
+    pub positions: Option<Arc<PackedMatrix>>,
     pub head: Option<Head>,
     pub layers: Vec<Layer>,
     /// Factors of every rotary embedding; empty where it has none.
@@ -35,6 +37,27 @@ pub(super) struct Linear {
     pub w: Arc<PackedMatrix>,
     pub bias: Option<Vec<f32>>,
     pub scale: Option<f32>,
+    /// Which of `x` each column multiplies, if not the one at its place. Those of linears that share `x` are the same one if they
+    /// are equal.
+    pub order: Option<Arc<[u32]>>,
+}
+
+/// Whether these take activations in the same order.
+pub(super) fn same_order<'a>(linears: impl IntoIterator<Item = &'a Linear>) -> bool {
+    let mut orders = linears.into_iter().map(|l| l.order.as_ref().map(Arc::as_ptr));
+    let first = orders.next();
+    orders.all(|order| Some(order) == first)
+}
+
+/// Gives equal orders one memory.
+fn share_orders(linears: &mut [&mut Linear]) {
+    for i in 1..linears.len() {
+        let (before, rest) = linears.split_at_mut(i);
+        let equal = before.iter().find(|l| l.order == rest[0].order);
+        if let Some(equal) = equal {
+            rest[0].order = equal.order.clone();
+        }
+    }
 }
 
 /// What makes logits of the last hidden state.
@@ -85,37 +108,62 @@ pub(super) struct Layer {
 
 /// Where tensors come from and what packs them.
 struct Loader<'a, 't> {
-    file: ModelFile,
+    files: ModelFiles<'a>,
     cache: Cache,
     pool: &'a Pool,
     tuner: &'a RefCell<Tuner<'t>>,
+    /// Added to the weights of norms.
+    norm_offset: f32,
 }
 
+/// A matrix, and its columns' order if it is another one.
+type Ordered = (Arc<PackedMatrix>, Option<Arc<[u32]>>);
+
 impl Loader<'_, '_> {
-    fn matrix(&self, t: &TensorRef) -> Result<Arc<PackedMatrix>> {
-        self.packed(t, 0, self.file.tensor(t)?).map(Arc::new)
+    fn matrix(&self, t: &TensorRef) -> Result<Ordered> {
+        let stored = Stored::find(&self.files, t).map_err(|e| named(t, e))?;
+        let Stored { ty, rows, cols, parts, how, order, .. } = &stored;
+        let source = Source { ty: *ty, rows: *rows, cols: *cols, parts, how };
+        let form = self.tuner.borrow_mut().form(*ty, *rows, *cols);
+        let packed =
+            self.cache.matrix(form, source, || stored.blocks(self.pool), self.pool).map_err(|e| named(t, e))?;
+        Ok((Arc::new(packed), order.as_deref().map(Arc::from)))
     }
 
-    /// The matrix of `t`'s columns and rows that these bytes of it are, from `at` on.
-    fn packed(&self, t: &TensorRef, at: usize, bytes: &[u8]) -> Result<PackedMatrix> {
-        let ty = t.source_type()?;
-        let (rows, cols) = (t.shape[1], t.shape[0]);
-        let source = Source { ty, rows, cols, offset: t.offset + at as u64, bytes };
-        let form = self.tuner.borrow_mut().form(ty, rows, cols);
-        self.cache.matrix(form, source, self.file.file(), self.pool).map_err(|e| named(t, e))
+    /// A matrix whose columns stand as they are.
+    fn table(&self, t: &TensorRef) -> Result<Arc<PackedMatrix>> {
+        match self.matrix(t)? {
+            (w, None) => Ok(w),
+            _ => Err(named(t, Error::unsupported("a table's columns are out of order"))),
+        }
     }
 
-    /// All of a tensor's weights.
+    /// All of a tensor's weights; columns in the order that comes with them.
+    fn ordered_floats(&self, t: &TensorRef) -> Result<(Vec<f32>, Option<Vec<u32>>)> {
+        if let Some(Layout::Parts { parts }) = &t.layout {
+            let parts: Vec<_> = parts.iter().map(|part| self.floats(part)).collect::<Result<_>>()?;
+            return Ok((parts.concat(), None));
+        }
+        let read = || {
+            let stored = Stored::find(&self.files, t)?;
+            let mut out = vec![0.0; t.shape.iter().product()];
+            dequantize(stored.ty, &stored.blocks(self.pool)?, &mut out)?;
+            Ok((out, stored.order))
+        };
+        read().map_err(|e| named(t, e))
+    }
+
     fn floats(&self, t: &TensorRef) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; t.shape.iter().product()];
-        dequantize(t.source_type()?, self.file.tensor(t)?, &mut out).map_err(|e| named(t, e))?;
-        Ok(out)
+        match self.ordered_floats(t)? {
+            (values, None) => Ok(values),
+            _ => Err(named(t, Error::unsupported("its columns are out of order"))),
+        }
     }
 
-    fn with(&self, w: Arc<PackedMatrix>, l: &descriptor::Linear) -> Result<Linear> {
+    fn with(&self, (w, order): Ordered, l: &descriptor::Linear) -> Result<Linear> {
         let bias = l.bias.as_ref().map(|t| self.floats(t)).transpose()?;
         let scale = l.scale.as_ref().map(|t| self.floats(t)).transpose()?;
-        Ok(Linear { w, bias, scale: scale.map(|scale| scale[0]) })
+        Ok(Linear { w, bias, scale: scale.map(|scale| scale[0]), order })
     }
 
     fn linear(&self, l: &descriptor::Linear) -> Result<Linear> {
@@ -125,14 +173,17 @@ impl Loader<'_, '_> {
     /// In F32, from any type.
     fn exact(&self, l: &descriptor::Linear) -> Result<Linear> {
         let t = &l.weight;
-        let bytes: Vec<u8> = self.floats(t)?.into_iter().flat_map(f32::to_le_bytes).collect();
+        let (values, order) = self.ordered_floats(t)?;
+        let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
         let w = pack(SourceType::F32, &bytes, t.shape[1], t.shape[0], self.pool).map_err(|e| named(t, e))?;
-        self.with(Arc::new(w), l)
+        self.with((Arc::new(w), order.map(Arc::from)), l)
     }
 
     fn norm(&self, n: &descriptor::Norm) -> Result<Norm> {
         let bias = n.bias.as_ref().map(|t| self.floats(t)).transpose()?.unwrap_or_default();
-        Ok(Norm { weight: self.floats(&n.weight)?, bias, group: n.weight.shape[0] })
+        let mut weight = self.floats(&n.weight)?;
+        weight.iter_mut().for_each(|w| *w += self.norm_offset);
+        Ok(Norm { weight, bias, group: n.weight.shape[0] })
     }
 
     fn maybe(&self, n: &Option<descriptor::Norm>) -> Result<Option<Norm>> {
@@ -140,33 +191,38 @@ impl Loader<'_, '_> {
     }
 
     fn mlp(&self, m: &descriptor::Mlp) -> Result<Mlp> {
-        Ok(Mlp {
-            gate: m.gate.as_ref().map(|gate| self.linear(gate)).transpose()?,
-            up: self.linear(&m.up)?,
-            sub_norm: self.maybe(&m.sub_norm)?,
-            down: self.linear(&m.down)?,
-        })
+        let mut gate = m.gate.as_ref().map(|gate| self.linear(gate)).transpose()?;
+        let mut up = self.linear(&m.up)?;
+        share_orders(&mut gate.iter_mut().chain([&mut up]).collect::<Vec<_>>());
+        Ok(Mlp { gate, up, sub_norm: self.maybe(&m.sub_norm)?, down: self.linear(&m.down)? })
     }
 
     /// Matrix `i` of a tensor of several.
     fn expert(&self, t: &TensorRef, i: usize) -> Result<Linear> {
-        let ty = t.source_type()?;
-        if ty.trailer_bytes() != 0 {
+        if let Some(Layout::Parts { parts }) = &t.layout {
+            let (w, order) = self.matrix(&parts[i])?;
+            return Ok(Linear { w, bias: None, scale: None, order });
+        }
+        let stored = Stored::find(&self.files, t).map_err(|e| named(t, e))?;
+        let (ty, rows, cols) = (stored.ty, t.shape[1], t.shape[0]);
+        if ty.trailer_bytes() != 0 || !matches!(stored.blocks(self.pool), Ok(Cow::Borrowed(_))) {
             return Err(Error::data(format!("tensor {}: {ty:?} holds one matrix only, no experts", t.name)));
         }
-        let size = ty.tensor_bytes(t.shape[1], t.shape[0])?;
-        let w = self.packed(t, i * size, &self.file.tensor(t)?[i * size..][..size])?;
-        Ok(Linear { w: Arc::new(w), bias: None, scale: None })
+        let size = ty.tensor_bytes(rows, cols)?;
+        let Part { file, offset, bytes } = stored.parts[0];
+        let part = Part { file, offset: offset + (i * size) as u64, bytes: &bytes[i * size..][..size] };
+        let source = Source { ty, rows, cols, parts: &[part], how: "" };
+        let form = self.tuner.borrow_mut().form(ty, rows, cols);
+        let packed = self.cache.matrix(form, source, || Ok(Cow::Borrowed(part.bytes)), self.pool);
+        Ok(Linear { w: Arc::new(packed.map_err(|e| named(t, e))?), bias: None, scale: None, order: None })
     }
 
     fn moe(&self, m: &descriptor::Moe) -> Result<Moe> {
         let expert = |i| {
-            Ok(Mlp {
-                gate: m.gate.as_ref().map(|t| self.expert(t, i)).transpose()?,
-                up: self.expert(&m.up, i)?,
-                sub_norm: None,
-                down: self.expert(&m.down, i)?,
-            })
+            let mut gate = m.gate.as_ref().map(|t| self.expert(t, i)).transpose()?;
+            let mut up = self.expert(&m.up, i)?;
+            share_orders(&mut gate.iter_mut().chain([&mut up]).collect::<Vec<_>>());
+            Ok(Mlp { gate, up, sub_norm: None, down: self.expert(&m.down, i)? })
         };
         Ok(Moe {
             router: self.exact(&m.router)?,
@@ -177,11 +233,13 @@ impl Loader<'_, '_> {
     }
 
     fn layer(&self, l: &descriptor::Layer) -> Result<Layer> {
+        let (mut q, mut k, mut v) = (self.linear(&l.q)?, self.linear(&l.k)?, self.linear(&l.v)?);
+        share_orders(&mut [&mut q, &mut k, &mut v]);
         Ok(Layer {
             attn_norm: self.maybe(&l.attn_norm)?,
-            q: self.linear(&l.q)?,
-            k: self.linear(&l.k)?,
-            v: self.linear(&l.v)?,
+            q,
+            k,
+            v,
             q_norm: self.maybe(&l.q_norm)?,
             k_norm: self.maybe(&l.k_norm)?,
             rope: l.rope,
@@ -214,15 +272,14 @@ impl Weights {
         progress: &Progress,
     ) -> Result<(Self, CacheReport)> {
         let h = &d.hyper;
-        let loader = Loader { file: ModelFile::open(&d.path)?, cache: Cache::new(d.cache.as_ref()), pool, tuner };
+        let files = ModelFiles::new(&d.path, &d.files);
+        let loader = Loader { files, cache: Cache::new(d.cache.as_ref()), pool, tuner, norm_offset: h.norm.offset };
         progress.begin(d.layers.len() + d.embedding.iter().count() + d.head.iter().count());
-        let embedding = d.embedding.as_ref().map(|t| loader.matrix(t)).transpose()?;
-        let positions = d.positions.as_ref().map(|t| loader.packed(t, 0, loader.file.tensor(t)?)).transpose()?;
+        let embedding = d.embedding.as_ref().map(|t| loader.table(t)).transpose()?;
+        let positions = d.positions.as_ref().map(|t| loader.table(t)).transpose()?;
         progress.advance(embedding.iter().count());
         let output = |t: &TensorRef| match (&embedding, &d.embedding) {
-            (Some(packed), Some(e)) if e.offset == t.offset && e.kind == t.kind && e.shape == t.shape => {
-                Ok(packed.clone())
-            }
+            (Some(packed), Some(e)) if e.same_place(t) => Ok((packed.clone(), None)),
             _ => loader.matrix(t),
         };
         let head = match &d.head {
@@ -236,7 +293,10 @@ impl Weights {
         let factors = h.ropes.iter().map(|rope| match &rope.scaling {
             Some(RopeScaling::Factors { factors }) => loader.floats(factors),
             Some(RopeScaling::Longrope { short, long, original, .. }) => {
-                loader.floats(if h.context > *original { long } else { short })
+                match if h.context > *original { long } else { short } {
+                    Factors::Tensor(t) => loader.floats(t),
+                    Factors::Values(values) => Ok(values.clone()),
+                }
             }
             _ => Ok(Vec::new()),
         });
@@ -255,7 +315,7 @@ impl Weights {
     /// Bytes held, but for the embedding's when it is not the head's too.
     pub fn bytes(&self) -> usize {
         let head = self.head.as_ref().map_or(0, |h| h.norm.bytes() + h.output.bytes());
-        let positions = self.positions.as_ref().map_or(0, PackedMatrix::bytes);
+        let positions = self.positions.as_ref().map_or(0, |table| table.bytes());
         self.layers.iter().map(|l| l.bytes(None)).sum::<usize>() + head + positions
     }
 

@@ -8,7 +8,7 @@
 //! A digest is SHA-256 over the SHA-256s of a tensor's MiBs, so that all threads can hash.
 
 use super::files::{identity, Identity};
-use super::{hex, Digest, Source, CHUNK};
+use super::{hex, Digest, Part, CHUNK};
 use crate::cache;
 use crate::pool::Pool;
 use sha2::{Digest as _, Sha256};
@@ -72,11 +72,11 @@ impl Digests {
     }
 
     /// The digest of a tensor.
-    pub fn of(&mut self, source: Source, pool: &Pool) -> Digest {
-        let (offset, len) = (source.offset, source.bytes.len() as u64);
+    pub fn of(&mut self, part: Part, pool: &Pool) -> Digest {
+        let (offset, len) = (part.offset, part.bytes.len() as u64);
         *self.known.entry((offset, len)).or_insert_with(|| {
             self.changed = true;
-            digest(source.bytes, pool)
+            digest(part.bytes, pool)
         })
     }
 

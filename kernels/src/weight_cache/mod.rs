@@ -32,7 +32,9 @@ use crate::pool::Pool;
 use digests::Digests;
 use files::{free_bytes, replace_by};
 use sha2::{Digest as _, Sha256};
+use std::borrow::Cow;
 use std::cell::{OnceCell, RefCell};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,7 +74,10 @@ pub(crate) struct Cache {
 struct Open {
     entries: PathBuf,
     max_bytes: u64,
-    digests: Digests,
+    /// Where digests are kept, and those of each file; `None`: it has changed a moment ago.
+    dir: PathBuf,
+    settled: Duration,
+    digests: HashMap<usize, Option<Digests>>,
     /// Bytes of this shard's entries, and of those the ones that were read.
     used: u64,
     read: u64,
@@ -80,12 +85,24 @@ struct Open {
     writable: bool,
 }
 
-/// A matrix as the model's file has it.
+/// A matrix as the model's files have it.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a> {
+    /// What is packed.
     pub ty: SourceType,
     pub rows: usize,
     pub cols: usize,
+    /// What it is made of.
+    pub parts: &'a [Part<'a>],
+    /// What it depends on beside; empty if the only part is packed as it is.
+    pub how: &'a str,
+}
+
+/// Bytes of a file.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
+    /// The file, and its number among the model's.
+    pub file: (usize, &'a File),
     /// Where `bytes` begins in the file.
     pub offset: u64,
     pub bytes: &'a [u8],
@@ -109,26 +126,40 @@ impl Cache {
         Cache { choice: choice.cloned(), open: OnceCell::new(), smallest, settled, notes: RefCell::default() }
     }
 
-    fn open(&self, model: &File) -> Option<RefCell<Open>> {
-        let mut notes = self.notes.borrow_mut();
-        let open = Open::new(self.choice.as_ref()?, model, self.settled, &mut notes);
-        open.unwrap_or_else(|e| {
-            notes.push(format!("there is no cache of packed weights: {e}"));
-            None
-        })
-        .map(RefCell::new)
+    fn open(&self) -> Option<RefCell<Open>> {
+        match Open::new(self.choice.as_ref()?, self.settled) {
+            Ok(open) => Some(RefCell::new(open)),
+            Err(e) => {
+                self.notes.borrow_mut().push(format!("there is no cache of packed weights: {e}"));
+                None
+            }
+        }
     }
 
-    /// The packed matrix of a tensor of `model`: read if it is known, else packed, and kept for the next time.
-    pub fn matrix(&self, form: PackedForm, source: Source, model: &File, pool: &Pool) -> Result<PackedMatrix> {
-        let Source { ty, rows, cols, bytes, .. } = source;
-        let pack = || pack_as(form, ty, bytes, rows, cols, pool);
-        if bytes.len() < self.smallest {
+    /// The packed matrix of a source: read if it is known, else packed, and kept for the next time. `make` gives the bytes that are
+    /// packed.
+    pub fn matrix<'a>(
+        &self,
+        form: PackedForm,
+        source: Source,
+        make: impl Fn() -> Result<Cow<'a, [u8]>>,
+        pool: &Pool,
+    ) -> Result<PackedMatrix> {
+        let Source { ty, rows, cols, parts, .. } = source;
+        let pack = || pack_as(form, ty, &make()?, rows, cols, pool);
+        if ty.tensor_bytes(rows, cols)? < self.smallest {
             return pack();
         }
-        let Some(open) = self.open.get_or_init(|| self.open(model)) else { return pack() };
+        let Some(open) = self.open.get_or_init(|| self.open()) else { return pack() };
         let (mut open, mut notes) = (open.borrow_mut(), self.notes.borrow_mut());
-        let address = address(&open.digests.of(source, pool), form, source)?;
+        let mut digests = Vec::with_capacity(parts.len());
+        for &part in parts {
+            match open.digest(part, pool, &mut notes) {
+                Some(digest) => digests.push(digest),
+                None => return pack(),
+            }
+        }
+        let address = address(&digests, form, source)?;
         let path = open.entries.join(hex(&address));
         match entry::read(&path, &address, form, rows, cols, pool) {
             Ok(Some(matrix)) => {
@@ -154,7 +185,8 @@ impl Cache {
         if let Some(open) = self.open.into_inner().flatten().map(RefCell::into_inner) {
             read = open.read;
             let made_room = if open.wrote { make_room(&open.entries, open.max_bytes) } else { Ok(()) };
-            if let Err(e) = made_room.and(open.digests.save()) {
+            let saved = || open.digests.values().flatten().try_for_each(Digests::save);
+            if let Err(e) = made_room.and_then(|()| saved()) {
                 notes.push(format!("the cache of packed weights: {}: {e}", open.entries.display()));
             }
         }
@@ -163,21 +195,25 @@ impl Cache {
 }
 
 impl Open {
-    fn new(choice: &CacheChoice, model: &File, settled: Duration, notes: &mut Vec<String>) -> io::Result<Option<Open>> {
+    fn new(choice: &CacheChoice, settled: Duration) -> io::Result<Open> {
         let dir = choice.dir.clone().or_else(cache::folder);
         let dir = dir.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no folder for it"))?;
-        let (entries, digests) = (dir.join("weights"), dir.join("digests"));
+        let (entries, dir) = (dir.join("weights"), dir.join("digests"));
         fs::create_dir_all(&entries)?;
-        let digests = Digests::load(&digests, model, settled, notes)?;
-        Ok(digests.map(|digests| Open {
-            entries,
-            max_bytes: choice.max_bytes,
-            digests,
-            used: 0,
-            read: 0,
-            wrote: false,
-            writable: true,
-        }))
+        let (max_bytes, digests) = (choice.max_bytes, HashMap::new());
+        Ok(Open { entries, max_bytes, dir, settled, digests, used: 0, read: 0, wrote: false, writable: true })
+    }
+
+    /// The digest of a part, if its file can be told from later ones.
+    fn digest(&mut self, part: Part, pool: &Pool, notes: &mut Vec<String>) -> Option<Digest> {
+        let (index, file) = part.file;
+        let digests = self.digests.entry(index).or_insert_with(|| {
+            Digests::load(&self.dir, file, self.settled, notes).unwrap_or_else(|e| {
+                notes.push(format!("packed weights are not kept: {}: {e}", self.dir.display()));
+                None
+            })
+        });
+        digests.as_mut().map(|digests| digests.of(part, pool))
     }
 
     /// Writes an entry, if there is room for it.
@@ -185,7 +221,8 @@ impl Open {
         self.used += matrix.bytes() as u64;
         // A shard that is larger than the cache would only push its own entries out; a file that was written to after it
         // was hashed has other content than the address says.
-        if !self.writable || self.used > self.max_bytes || !self.digests.hold() {
+        let held = self.digests.values().flatten().all(Digests::hold);
+        if !self.writable || self.used > self.max_bytes || !held {
             return Ok(());
         }
         if free_bytes(&self.entries).is_some_and(|free| free < LEAVE_FREE + matrix.bytes() as u64) {
@@ -197,8 +234,8 @@ impl Open {
     }
 }
 
-/// The address of a matrix whose source has this digest, packed into `form`.
-fn address(source: &Digest, form: PackedForm, Source { ty, rows, cols, .. }: Source) -> Result<Digest> {
+/// The address of a matrix whose parts have these digests, packed into `form`.
+fn address(parts: &[Digest], form: PackedForm, Source { ty, rows, cols, how, .. }: Source) -> Result<Digest> {
     // More than a tile of rows and two blocks of columns, of bytes that are all different.
     let (probe_rows, probe_cols) = (form.tile_rows() + 1, 2 * ty.block_elements());
     let probe: Vec<u8> = (0..ty.tensor_bytes(probe_rows, probe_cols)?)
@@ -207,7 +244,8 @@ fn address(source: &Digest, form: PackedForm, Source { ty, rows, cols, .. }: Sou
     let probe = pack_as(form, ty, &probe, probe_rows, probe_cols, &Pool::new(1))?;
     let mut sha = Sha256::new();
     sha.update(b"lutra packed matrix\0");
-    sha.update(source);
+    parts.iter().for_each(|part| sha.update(part));
+    sha.update(how);
     for n in [ty as usize, rows, cols] {
         sha.update((n as u64).to_le_bytes());
     }

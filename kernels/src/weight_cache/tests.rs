@@ -62,11 +62,16 @@ fn load(choice: &CacheChoice, model: &File, ty: SourceType, bytes: &[u8]) -> Cac
     load_as(choice, model, ty, bytes, PackedForm::of(ty))
 }
 
+fn cached(cache: &Cache, form: PackedForm, ty: SourceType, file: &File, bytes: &[u8], pool: &Pool) -> PackedMatrix {
+    let parts = [Part { file: (0, file), offset: 0, bytes }];
+    let source = Source { ty, rows: ROWS, cols: COLS, parts: &parts, how: "" };
+    cache.matrix(form, source, || Ok(bytes.into()), pool).unwrap()
+}
+
 fn load_as(choice: &CacheChoice, model: &File, ty: SourceType, bytes: &[u8], form: PackedForm) -> CacheReport {
     let pool = Pool::new(2);
     let cache = Cache::with(Some(choice), 0, Duration::ZERO);
-    let source = Source { ty, rows: ROWS, cols: COLS, offset: 0, bytes };
-    let matrix = cache.matrix(form, source, model, &pool).unwrap();
+    let matrix = cached(&cache, form, ty, model, bytes, &pool);
     let expected = pack_as(form, ty, bytes, ROWS, COLS, &pool).unwrap();
     assert!(matrix.data() == expected.data(), "{ty:?}: other bytes than packing gives");
     assert_eq!(matrix.scale().to_bits(), expected.scale().to_bits());
@@ -109,8 +114,9 @@ fn another_form_type_shape_or_content_is_another_entry() {
     assert_eq!(load(&choice, &folder.model(&other), ty, &other), NOTHING);
     assert_eq!(folder.files("weights").len(), 4);
     let digest = digests::digest(&bytes, &Pool::new(2));
-    let shaped = |rows, cols| address(&digest, fields, Source { ty, rows, cols, offset: 0, bytes: &bytes }).unwrap();
-    assert_ne!(shaped(ROWS, COLS), shaped(2 * ROWS, COLS / 2));
+    let shaped = |rows, cols, how| address(&[digest], fields, Source { ty, rows, cols, parts: &[], how }).unwrap();
+    assert_ne!(shaped(ROWS, COLS, ""), shaped(2 * ROWS, COLS / 2, ""));
+    assert_ne!(shaped(ROWS, COLS, ""), shaped(ROWS, COLS, "transposed"));
     assert_eq!(digest, digests::digest(&bytes, &Pool::new(5)));
 }
 
@@ -192,16 +198,17 @@ fn a_model_that_changes_gets_no_entry_of_its_old_content() {
     let pool = Pool::new(1);
     fs::remove_dir_all(folder.0.join("cache")).unwrap();
     let cache = Cache::with(Some(&choice), 0, Duration::ZERO);
-    assert!(cache.open.get_or_init(|| cache.open(&model)).is_some());
+    let open = cache.open.get_or_init(|| cache.open()).as_ref().unwrap();
+    let part = Part { file: (0, &model), offset: 0, bytes: &new };
+    assert!(open.borrow_mut().digest(part, &pool, &mut vec![]).is_some());
     std::thread::sleep(Duration::from_millis(20));
     model.write_all(b"appended").unwrap();
-    let source = Source { ty: TY, rows: ROWS, cols: COLS, offset: 0, bytes: &new };
-    cache.matrix(PackedForm::of(TY), source, &model, &pool).unwrap();
+    cached(&cache, PackedForm::of(TY), TY, &model, &new, &pool);
     assert_eq!(cache.close(), NOTHING);
     assert_eq!((folder.files("weights").len(), folder.files("digests").len()), (0, 0));
     // Too new to tell.
     let cache = Cache::with(Some(&choice), 0, Duration::from_secs(600));
-    cache.matrix(PackedForm::of(TY), source, &model, &pool).unwrap();
+    cached(&cache, PackedForm::of(TY), TY, &model, &new, &pool);
     assert_eq!(cache.close(), NOTHING);
     assert_eq!((folder.files("weights").len(), folder.files("digests").len()), (0, 0));
 }

@@ -73,6 +73,7 @@ fn scale_at(ty: SourceType) -> Option<(usize, Option<usize>)> {
         Q6_K => Some((208, None)),
         TQ1_0 => Some((52, None)),
         TQ2_0 => Some((64, None)),
+        _ => Some((0, None)),
     }
 }
 

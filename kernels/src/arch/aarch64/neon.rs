@@ -662,6 +662,13 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
         vaddq_s32(acc, vpaddq_s32(low, vmull_high_s16(halves, a)))
     }
     #[inline(always)]
+    unsafe fn nibbles(from: *const u8) -> int32x4_t {
+        const PLACES: [i32; 4] = [0, -4, -8, -12];
+        let halves = vdupq_n_u32(from.cast::<u16>().read_unaligned() as u32);
+        let moved = vshlq_u32(halves, vld1q_s32(PLACES.as_ptr()));
+        vandq_s32(vreinterpretq_s32_u32(moved), vdupq_n_s32(15))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &'static [i8; 16], index: int32x4_t) -> int32x4_t {
         vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(table.as_ptr()), as_unsigned(index)))
     }

@@ -569,6 +569,12 @@ impl Dot for Rows {
         _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(lanes))
     }
     #[inline(always)]
+    unsafe fn nibbles(from: *const u8) -> __m256i {
+        let words = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+        let places = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+        _mm256_and_si256(_mm256_srlv_epi32(words, places), _mm256_set1_epi32(15))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &'static [i8; 16], index: __m256i) -> __m256i {
         _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), index)
     }

@@ -239,6 +239,13 @@ impl Dot for Rows {
         _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(lanes))
     }
     #[inline(always)]
+    unsafe fn nibbles(from: *const u8) -> __m512i {
+        let words = _mm512_set1_epi64(from.cast::<i64>().read_unaligned());
+        let words = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), words);
+        let places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        _mm512_and_si512(_mm512_srlv_epi32(words, places), _mm512_set1_epi32(15))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &'static [i8; 16], index: __m512i) -> __m512i {
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
         _mm512_shuffle_epi8(table, index)

@@ -1,0 +1,349 @@
+//! Matrices as GPTQ and AWQ keep them: codes, zero points and scales in a tensor each, `d·(q − z)`, a scale and a zero point for
+//! every row of a group of columns.
+//!
+//! Both keep int32 words of fields from the lowest bits on. GPTQ: `qweight` has a stream of codes along the columns for
+//! every row, words of all rows side by side; `qzeros` a stream along the rows for every group. AWQ ("gemm"): both are
+//! streams along the rows, for every column and every group, and of eight rows those with even places come first.
+//!
+//! GPTQ's act-order (`g_idx`) spreads the columns of a group. Packed rows have them together: `Grouped::order` says which column
+//! stands at each place, and whoever multiplies gathers activations alike.
+
+use super::source::SourceType;
+use crate::error::{Error, Result};
+use crate::pool::Pool;
+use std::sync::Mutex;
+
+/// Rows that are unpacked together: what reading a line of words gives.
+const ROWS: usize = 16;
+/// The place of each of eight rows in an AWQ word.
+const AWQ_PLACES: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// Where fields lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// `zero` is what is added to stored zero points, modulo 2^bits: 1, or 0 in `gptq_v2`.
+    Gptq {
+        bits: usize,
+        zero: u32,
+    },
+    Awq,
+}
+
+/// A stored matrix of `rows` × `cols`.
+#[derive(Debug)]
+pub struct Grouped<'a> {
+    pub format: Format,
+    pub rows: usize,
+    pub cols: usize,
+    /// int32 words, little-endian.
+    pub codes: &'a [u8],
+    pub zeros: &'a [u8],
+    /// f16 bits; `rows` for every group.
+    pub scales: Vec<u16>,
+    /// The group of every column.
+    pub groups: Vec<u32>,
+}
+
+/// How a matrix is packed: its type, and the column at every place if that is another one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Arrangement {
+    pub ty: SourceType,
+    pub order: Option<Vec<u32>>,
+}
+
+impl Format {
+    pub fn bits(self) -> usize {
+        match self {
+            Format::Gptq { bits, .. } => bits,
+            Format::Awq => 4,
+        }
+    }
+
+    /// Bytes of the codes of a matrix; `None` if they are no whole words.
+    pub fn code_bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        match self {
+            Format::Gptq { bits, .. } => words(cols, bits)?.checked_mul(4 * rows),
+            Format::Awq => words(rows, 4)?.checked_mul(4 * cols),
+        }
+    }
+
+    /// Bytes of the zero points of so many groups.
+    pub fn zero_bytes(self, rows: usize, groups: usize) -> Option<usize> {
+        words(rows, self.bits())?.checked_mul(4 * groups)
+    }
+}
+
+/// Words of a stream of `count` fields, if they are whole ones.
+fn words(count: usize, bits: usize) -> Option<usize> {
+    let all = count.checked_mul(bits)?;
+    (all % 32 == 0).then_some(all / 32)
+}
+
+/// Word `i` of int32s.
+fn word(bytes: &[u8], i: usize) -> u32 {
+    u32::from_le_bytes(bytes[4 * i..][..4].try_into().expect("4 bytes"))
+}
+
+impl Grouped<'_> {
+    /// Checks the parts against each other, and says how the matrix is packed.
+    pub fn arrangement(&self) -> Result<Arrangement> {
+        let (bits, rows, cols) = (self.format.bits(), self.rows, self.cols);
+        if !matches!(bits, 2 | 3 | 4 | 8) {
+            return Err(Error::unsupported(format!("codes of {bits} bits are not supported; there are 2, 3, 4 and 8")));
+        }
+        let count = self.scales.len() / rows.max(1);
+        let sizes = [
+            (self.codes.len(), self.format.code_bytes(rows, cols)),
+            (self.zeros.len(), self.format.zero_bytes(rows, count)),
+        ];
+        if rows == 0 || cols == 0 || self.scales.len() != count * rows || self.groups.len() != cols {
+            return Err(Error::data(format!("{} scales are not those of {rows} rows", self.scales.len())));
+        }
+        if let Some((len, _)) = sizes.into_iter().find(|(len, expected)| Some(*len) != *expected) {
+            return Err(Error::data(format!(
+                "{len} bytes are not the codes or zero points of {rows} × {cols} weights"
+            )));
+        }
+        if let Some(group) = self.groups.iter().find(|&&group| group as usize >= count) {
+            return Err(Error::data(format!("a column is in group {group} of {count}")));
+        }
+        let mut order: Vec<u32> = (0..cols as u32).collect();
+        order.sort_by_key(|&k| self.groups[k as usize]); // stable
+        let mut sizes = vec![0usize; count];
+        self.groups.iter().for_each(|&group| sizes[group as usize] += 1);
+        let group = [128, 64, 32].into_iter().find(|group| sizes.iter().all(|size| size % group == 0));
+        let ty = group.and_then(|group| SourceType::with_zero_point(bits, group)).ok_or_else(|| {
+            let odd = sizes.iter().find(|&&size| size % 32 != 0).expect("else it were a multiple of 32");
+            Error::unsupported(format!(
+                "a group has {odd} columns; only multiples of 32 are supported: quantise with groups of 32, 64 or 128"
+            ))
+        })?;
+        let moved = order.iter().enumerate().any(|(place, &k)| place != k as usize);
+        Ok(Arrangement { ty, order: moved.then_some(order) })
+    }
+
+    /// The rows that `rows` names, in blocks of the arrangement's type.
+    pub fn blocks(&self, arrangement: &Arrangement, rows: &[usize], pool: &Pool) -> Result<Vec<u8>> {
+        let row_bytes = arrangement.ty.row_bytes(self.cols)?;
+        let mut out = vec![0; arrangement.ty.tensor_bytes(rows.len(), self.cols)?];
+        let parts: Vec<_> = out.chunks_mut(ROWS * row_bytes).zip(rows.chunks(ROWS)).map(Mutex::new).collect();
+        pool.run(parts.len(), &|i| {
+            let mut part = parts[i].lock().expect("no panic while it is held");
+            let (out, rows) = &mut *part;
+            let mut codes = vec![0; rows.len() * self.cols];
+            self.codes_of(rows, &mut codes);
+            for ((out, codes), &row) in out.chunks_exact_mut(row_bytes).zip(codes.chunks_exact(self.cols)).zip(*rows) {
+                self.write_row(arrangement, row, codes, out);
+            }
+        });
+        drop(parts);
+        Ok(out)
+    }
+
+    /// Codes of some rows, a byte each.
+    fn codes_of(&self, rows: &[usize], codes: &mut [u8]) {
+        let cols = self.cols;
+        match self.format {
+            Format::Gptq { bits, .. } => {
+                let mask = (1u64 << bits) - 1;
+                // Stretches of 32 columns are `bits` whole words; a last word may be followed by none.
+                for first in (0..cols).step_by(32) {
+                    for (&row, codes) in rows.iter().zip(codes.chunks_exact_mut(cols)) {
+                        let at = |i: usize| word(self.codes, (first / 32 * bits + i) * self.rows + row) as u64;
+                        let count = 32.min(cols - first);
+                        let have = count * bits / 32;
+                        let (mut stream, mut left, mut next) = (0u64, 0, 0);
+                        for code in &mut codes[first..first + count] {
+                            if left < bits && next < have {
+                                stream |= at(next) << left;
+                                (left, next) = (left + 32, next + 1);
+                            }
+                            *code = (stream & mask) as u8;
+                            stream >>= bits;
+                            left -= bits;
+                        }
+                    }
+                }
+            }
+            Format::Awq => {
+                for k in 0..cols {
+                    for (&row, codes) in rows.iter().zip(codes.chunks_exact_mut(cols)) {
+                        let word = word(self.codes, k * (self.rows / 8) + row / 8);
+                        codes[k] = (word >> (4 * AWQ_PLACES[row % 8]) & 15) as u8;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The zero point of a row of a group.
+    fn zero(&self, group: usize, row: usize) -> u8 {
+        let bits = self.format.bits();
+        let first = group * (self.rows * bits / 32);
+        match self.format {
+            Format::Gptq { bits, zero } => {
+                let (at, shift) = (row * bits / 32, row * bits % 32);
+                let mut stream = word(self.zeros, first + at) as u64;
+                if shift + bits > 32 {
+                    stream |= (word(self.zeros, first + at + 1) as u64) << 32;
+                }
+                (((stream >> shift) as u32).wrapping_add(zero) & ((1 << bits) - 1)) as u8
+            }
+            Format::Awq => (word(self.zeros, first + row / 8) >> (4 * AWQ_PLACES[row % 8]) & 15) as u8,
+        }
+    }
+
+    fn write_row(&self, arrangement: &Arrangement, row: usize, codes: &[u8], out: &mut [u8]) {
+        let (ty, bits) = (arrangement.ty, self.format.bits());
+        let columns = |first: usize, i: usize| match &arrangement.order {
+            Some(order) => order[first + i] as usize,
+            None => first + i,
+        };
+        let size = ty.block_elements();
+        for (g, block) in out.chunks_exact_mut(ty.block_bytes()).enumerate() {
+            let group = self.groups[columns(g * size, 0)] as usize;
+            block[..2].copy_from_slice(&self.scales[group * self.rows + row].to_le_bytes());
+            block[2] = self.zero(group, row);
+            for (i, bytes) in block[3..].chunks_exact_mut(bits).enumerate() {
+                let eight =
+                    (0..8).fold(0u64, |eight, j| eight | (codes[columns(g * size, 8 * i + j)] as u64) << (bits * j));
+                bytes.copy_from_slice(&eight.to_le_bytes()[..bits]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Against words made a bit at a time, and weights from the formula.
+
+    use super::*;
+    use crate::pack::{dequantize, pack, PackedForm};
+
+    struct Random(u64);
+    impl Random {
+        fn below(&mut self, n: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((self.0 >> 33) % n as u64) as usize
+        }
+    }
+
+    /// A stream of fields as int32 words.
+    fn stream(fields: &[usize], bits: usize) -> Vec<u8> {
+        let mut out = vec![0; fields.len() * bits / 8];
+        for (i, field) in fields.iter().enumerate() {
+            (0..bits)
+                .filter(|bit| field >> bit & 1 == 1)
+                .for_each(|bit| out[(i * bits + bit) / 8] |= 1 << ((i * bits + bit) % 8));
+        }
+        out
+    }
+
+    /// Rows of words, transposed.
+    fn columns(rows: &[Vec<u8>]) -> Vec<u8> {
+        (0..rows[0].len() / 4).flat_map(|i| rows.iter().flat_map(move |row| row[4 * i..4 * i + 4].to_vec())).collect()
+    }
+
+    /// Eight by eight, in the order that AWQ gives its nibbles.
+    fn interleaved(fields: &[usize]) -> Vec<usize> {
+        fields.chunks_exact(8).flat_map(|eight| [0, 2, 4, 6, 1, 3, 5, 7].map(|i| eight[i])).collect()
+    }
+
+    #[test]
+    fn every_format_gives_the_weights_of_its_formula() {
+        let (mut random, pool) = (Random(7), Pool::new(2));
+        let formats = [2, 3, 4, 8].into_iter().flat_map(|bits| [0, 1].map(|zero| Format::Gptq { bits, zero }));
+        for format in formats.chain([Format::Awq]) {
+            let bits = format.bits();
+            const SHAPES: [(usize, usize, usize); 6] =
+                [(32, 32, 32), (64, 192, 64), (96, 256, 256), (32, 384, 128), (32, 160, 96), (64, 512, 512)];
+            for (rows, cols, size) in SHAPES {
+                for act_order in [false, true] {
+                    let count = cols.div_ceil(size);
+                    let mut groups: Vec<u32> = (0..cols).map(|k| (k / size) as u32).collect();
+                    if act_order {
+                        (1..cols).rev().for_each(|i| groups.swap(i, random.below(i + 1)));
+                    }
+                    let mut field = |n: usize| (0..n).map(|_| random.below(1 << bits)).collect::<Vec<_>>();
+                    let codes: Vec<Vec<usize>> = (0..rows).map(|_| field(cols)).collect();
+                    let zeros: Vec<Vec<usize>> = (0..count).map(|_| field(rows)).collect();
+                    let scales: Vec<u16> = (0..count * rows).map(|_| 0x2000 + random.below(0x1000) as u16).collect();
+                    let (code_words, zero_words) = match format {
+                        Format::Gptq { .. } => (
+                            columns(&codes.iter().map(|row| stream(row, bits)).collect::<Vec<_>>()),
+                            zeros.iter().flat_map(|row| stream(row, bits)).collect::<Vec<_>>(),
+                        ),
+                        Format::Awq => (
+                            (0..cols)
+                                .flat_map(|k| {
+                                    stream(&interleaved(&codes.iter().map(|row| row[k]).collect::<Vec<_>>()), 4)
+                                })
+                                .collect(),
+                            zeros.iter().flat_map(|row| stream(&interleaved(row), 4)).collect(),
+                        ),
+                    };
+                    let grouped = Grouped {
+                        format,
+                        rows,
+                        cols,
+                        codes: &code_words,
+                        zeros: &zero_words,
+                        scales: scales.clone(),
+                        groups: groups.clone(),
+                    };
+                    let arrangement = grouped.arrangement().unwrap();
+                    let what = format!("{format:?} {rows} × {cols}, groups of {size}, act-order {act_order}");
+                    assert_eq!(arrangement.order.is_some(), act_order && count > 1, "{what}");
+                    let ty = arrangement.ty;
+                    // Any choice of rows, in any order.
+                    let chosen: Vec<usize> = (0..rows - 5).map(|i| (i * 7 + 3) % rows).collect();
+                    let bytes = grouped.blocks(&arrangement, &chosen, &pool).unwrap();
+                    let mut weights = vec![0f32; chosen.len() * cols];
+                    dequantize(ty, &bytes, &mut weights).unwrap();
+                    let packed = pack(ty, &bytes, chosen.len(), cols, &pool).unwrap();
+                    assert_eq!(packed.form, PackedForm::of(ty));
+                    let mut unpacked = vec![0f32; cols];
+                    for (i, (&row, weights)) in chosen.iter().zip(weights.chunks_exact(cols)).enumerate() {
+                        packed.unpack_row(i, &mut unpacked);
+                        assert_eq!(unpacked, weights, "{what}");
+                        for (place, &weight) in weights.iter().enumerate() {
+                            let k = arrangement.order.as_ref().map_or(place, |order| order[place] as usize);
+                            let group = groups[k] as usize;
+                            let added = if let Format::Gptq { zero, .. } = format { zero as usize } else { 0 };
+                            let zero = (zeros[group][row] + added) % (1 << bits);
+                            let d = crate::ops::f16_to_f32(scales[group * rows + row]);
+                            let expected = d * (codes[row][k] as f32 - zero as f32);
+                            assert_eq!(weight, expected, "{what}: row {row}, column {k}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let words = vec![0; 4 * 4 * 32];
+        let with = |bits, cols: usize, groups: Vec<u32>, scales: usize| {
+            let format = Format::Gptq { bits, zero: 1 };
+            let grouped = Grouped {
+                format,
+                rows: 32,
+                cols,
+                codes: &words[..format.code_bytes(32, cols).unwrap_or(0)],
+                zeros: &words[..format.zero_bytes(32, scales / 32).unwrap_or(0)],
+                scales: vec![0; scales],
+                groups,
+            };
+            grouped.arrangement().map(|a| a.ty).map_err(|e| e.message)
+        };
+        assert_eq!(with(4, 32, vec![0; 32], 32), Ok(SourceType::Z4_32));
+        assert!(with(5, 32, vec![0; 32], 32).unwrap_err().contains("5 bits"));
+        assert!(with(4, 32, vec![1; 32], 32).unwrap_err().contains("group 1 of 1"));
+        assert!(with(4, 32, vec![0; 31], 32).unwrap_err().contains("scales"));
+        assert!(with(4, 32, vec![0; 32], 33).unwrap_err().contains("scales"));
+        assert!(with(4, 31, vec![0; 31], 32).unwrap_err().contains("bytes are not"));
+        let sixteens = (0..32).map(|k| k / 16).collect();
+        assert!(with(4, 32, sixteens, 64).unwrap_err().contains("16 columns; only multiples of 32"));
+    }
+}
