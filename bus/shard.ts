@@ -13,18 +13,77 @@ const count = z.number().int().positive().max(0xffff_ffff);
 const size = z.number().int().nonnegative();
 const positive = z.number().positive();
 
-const tensorSchema = z.strictObject({
+const storedSchema = z.strictObject({
   name: z.string().max(256),
-  /** GGML type id. */
+  /** GGML type id of what is stored. */
   type: u32,
   /** Columns first, then rows for a matrix, then matrices. */
   shape: z.array(count).min(1).max(4),
+  /** 0: the shard's `path`; from 1 on one of its `files`. @default 0 */
+  file: u32.optional(),
   /** From the file's begin. */
   offset: size,
+  /** Of what is stored there. */
   bytes: size,
 });
-/** A tensor in the model file. */
+const layouts = [
+  /** Floats, columns one after the other. */
+  z.strictObject({ kind: z.literal("transposed") }),
+  /**
+   * GPTQ's; the tensor's own place has the codes. Without `index`, `group` columns after the other share a group, or all if it is
+   * 0. `zero` is added to stored zero points.
+   */
+  z.strictObject({
+    kind: z.literal("gptq"),
+    bits: u32,
+    zero: z.union([z.literal(0), z.literal(1)]),
+    group: u32,
+    scales: storedSchema,
+    zeros: storedSchema,
+    index: storedSchema.optional(),
+  }),
+  /** AWQ's "gemm", likewise. */
+  z.strictObject({ kind: z.literal("awq"), group: u32, scales: storedSchema, zeros: storedSchema }),
+  /** BitNet's, four rows a byte: weights are multiplied with `scale`, one number, or with `inverse` divided by it. */
+  z.strictObject({ kind: z.literal("quarters"), scale: storedSchema.optional(), inverse: z.boolean() }),
+  /** Floats, to be rounded to −1, 0 and 1 times their mean magnitude. */
+  z.strictObject({ kind: z.literal("ternarised") }),
+] as const;
+/** Of `of` stored rows, `block` ones of every `stride`, from `first` on. */
+const rowsSchema = z.strictObject({ of: count, first: u32, block: count, stride: count }).optional();
+const partSchema = storedSchema.extend({
+  rows: rowsSchema,
+  layout: z.discriminatedUnion("kind", layouts).optional(),
+});
+const tensorSchema = storedSchema.extend({
+  /** Which rows it takes of those stored; all if absent. */
+  rows: rowsSchema,
+  /** How it is stored if not as rows of blocks; of `parts` nothing is at its own place, and `bytes` are those of all. */
+  layout: z.discriminatedUnion("kind", [
+    ...layouts,
+    z.strictObject({ kind: z.literal("parts"), parts: z.array(partSchema).min(1).max(4096) }),
+  ]).optional(),
+});
+/** A tensor in a model's file. */
 export type TensorRef = z.infer<typeof tensorSchema>;
+/** How a file keeps a tensor. */
+export type TensorLayout = NonNullable<TensorRef["layout"]>;
+
+/** Bytes that the rows of a tensor take of what is stored. */
+export function tensorBytes({ shape, bytes, rows, layout }: TensorRef): number {
+  const taken = rows === undefined ? bytes : bytes / rows.of * (shape[1] ?? 1);
+  switch (layout?.kind) {
+    case "parts":
+      return layout.parts.reduce((sum, part) => sum + tensorBytes(part), 0);
+    case "gptq":
+    case "awq":
+      return taken + (layout.scales.bytes + layout.zeros.bytes) * (shape[1] ?? 1) / (rows?.of ?? shape[1] ?? 1);
+    case "ternarised": // packed before it is held
+      return shape.reduce((a, b) => a * b, 1) / 4;
+    default:
+      return taken;
+  }
+}
 
 /** A matrix with what is done to its product: `y = scale·(W·x) + bias`; `scale` holds one number. */
 const linearSchema = z.strictObject({
@@ -39,6 +98,8 @@ const normSchema = z.strictObject({ weight: tensorSchema, bias: tensorSchema.opt
 /** A norm, of the model's kind. */
 export type Norm = z.infer<typeof normSchema>;
 
+/** A factor for every pair: in the file, or here. */
+const factorsSchema = z.union([tensorSchema, z.array(positive).min(1).max(1 << 15)]);
 const ropeScalingSchema = z.discriminatedUnion("kind", [
   /** Positions are divided by `factor`. */
   z.strictObject({ kind: z.literal("linear"), factor: positive }),
@@ -60,8 +121,8 @@ const ropeScalingSchema = z.discriminatedUnion("kind", [
   /** Such factors in two sets, one for contexts up to the original one. */
   z.strictObject({
     kind: z.literal("longrope"),
-    short: tensorSchema,
-    long: tensorSchema,
+    short: factorsSchema,
+    long: factorsSchema,
     original: count,
     attention: positive,
   }),
@@ -111,8 +172,8 @@ const hyperSchema = z.strictObject({
   vocab: count,
   /** Most tokens of a sequence. */
   context: count,
-  /** Every norm's kind: root mean square, or layer norm. */
-  norm: z.strictObject({ kind: z.enum(["rms", "layer"]), eps: positive }),
+  /** Every norm's kind: root mean square, or layer norm; `offset` is added to the weights of each. */
+  norm: z.strictObject({ kind: z.enum(["rms", "layer"]), eps: positive, offset: z.number().optional() }),
   activation: activationSchema,
   /** Attention and feed-forward both start from the layer's input. */
   parallel: z.boolean().optional(),
@@ -187,6 +248,8 @@ export type Layer = z.infer<typeof layerSchema>;
 export const shardSchema = z.strictObject({
   /** The model file, as the worker's device names it. */
   path: z.string().min(1).max(4096),
+  /** Names of further files in the same folder. */
+  files: z.array(z.string().min(1).max(256)).max(65536).optional(),
   /** KV cache: `tokens` over all sequences, rounded up to blocks. */
   kv: z.strictObject({ type: z.enum(["f16", "f32", "q8"]), tokens: count }),
   /** Bits that activations are rounded to, a scale for each group of weights. @default "a8" */

@@ -103,6 +103,18 @@ export class ModelFile {
     return value;
   }
 
+  boolean(name: string): boolean | undefined {
+    return this.metadata.boolean(this.key(name));
+  }
+
+  /** Numbers above 0. */
+  positives(name: string): readonly number[] | undefined {
+    const values = this.metadata.numbers(this.key(name));
+    const wrong = values?.find((value) => !(value > 0));
+    if (wrong !== undefined) throw new UnsupportedModelError(`${this.key(name)} has ${wrong}`);
+    return values;
+  }
+
   string(name: string): string | undefined {
     return this.metadata.string(this.key(name));
   }

@@ -57,7 +57,7 @@ export function describeModel(gguf: GgufFile): ModelDescription {
   const tensors = new Tensors(gguf);
   const window = windowOf(architecture, file);
   const ropes = ropesOf(architecture, file, tensors, gguf.rotaryHalves === true);
-  const hyper = hyperOf(architecture, file, tensors, ropes);
+  const hyper = hyperOf(architecture, file, tensors, ropes, gguf.normOffset);
   const embedding = tensors.get("token_embd.weight", hyper.embedding, hyper.vocab);
   const positions = architecture.positions === true
     ? tensors.get("position_embd.weight", hyper.embedding, hyper.context)
@@ -116,7 +116,7 @@ class Tensors {
   any(name: string): TensorRef {
     const info = this.#gguf.tensors.get(name);
     if (info === undefined) throw new UnsupportedModelError(`tensor ${name} is missing`);
-    if (GGML_TYPES.get(info.type)?.supported !== true) {
+    if (info.layout === undefined && GGML_TYPES.get(info.type)?.supported !== true) {
       const types = [...GGML_TYPES.values()].filter((t) => t.supported).map((t) => t.name).join(", ");
       throw new UnsupportedModelError(`tensor ${name} has type ${ggmlTypeName(info.type)}; supported are ${types}`);
     }
@@ -172,6 +172,13 @@ class Tensors {
 
 /** Rows of a matrix, or elements of a vector, as a tensor of their own. */
 function rowsOf(tensor: TensorRef, first: number, count: number): TensorRef {
+  const { shape: [width, of], rows, layout } = tensor;
+  if (rows !== undefined || layout !== undefined) {
+    if (rows !== undefined || layout?.kind === "parts" || of === undefined) {
+      throw new UnsupportedModelError(`tensor ${tensor.name} cannot be split by rows`);
+    }
+    return { ...tensor, shape: [width!, count], rows: { of, first, block: count, stride: count } };
+  }
   const { elements, bytes, trailer } = GGML_TYPES.get(tensor.type)!;
   const [cols, vector] = tensor.shape.length === 1 ? [1, true] : [tensor.shape[0]!, false];
   const row = (cols / elements) * bytes;
@@ -181,15 +188,20 @@ function rowsOf(tensor: TensorRef, first: number, count: number): TensorRef {
     );
   }
   return {
-    name: tensor.name,
-    type: tensor.type,
+    ...tensor,
     shape: vector ? [count] : [cols, count],
     offset: tensor.offset + first * row,
     bytes: count * row,
   };
 }
 
-function hyperOf(architecture: Architecture, file: ModelFile, tensors: Tensors, ropes: Rope[]): HyperParameters {
+function hyperOf(
+  architecture: Architecture,
+  file: ModelFile,
+  tensors: Tensors,
+  ropes: Rope[],
+  normOffset: number | undefined,
+): HyperParameters {
   const layers = file.size("block_count");
   if (layers > MAX_LAYERS) {
     throw new UnsupportedModelError(`${file.key("block_count")} ${layers} is impossibly large`);
@@ -211,7 +223,11 @@ function hyperOf(architecture: Architecture, file: ModelFile, tensors: Tensors, 
     feedForward: file.size("feed_forward_length"),
     vocab: tensors.any("token_embd.weight").shape[1] ?? 0,
     context: file.size("context_length"),
-    norm: { kind: architecture.norm, eps: file.metadata.required(file.key(eps), file.positive(eps)) },
+    norm: {
+      kind: architecture.norm,
+      eps: file.metadata.required(file.key(eps), file.positive(eps)),
+      ...(normOffset === undefined ? {} : { offset: normOffset }),
+    },
     activation: architecture.activation,
     ...(architecture.parallel?.(file) === true ? { parallel: true } : {}),
     ropes,
@@ -275,7 +291,7 @@ function moeOf(
     feedForward,
     ...(shared === undefined ? {} : { sharedFeedForward: shared }),
     gating: "softmax",
-    normalise: architecture.moe.normalise,
+    normalise: file.boolean("expert_weights_norm") ?? architecture.moe.normalise,
   };
 }
 
@@ -300,6 +316,10 @@ function scalingOf(file: ModelFile, tensors: Tensors, dims: number): RopeScaling
   const factor = file.positive("rope.scaling.factor") ?? file.positive("rope.scale_linear") ?? 1;
   const original = () => file.size("rope.scaling.original_context_length");
   const attention = file.positive("rope.scaling.attn_factor") ?? 1;
+  const [short, long] = ["short", "long"].map((which) => file.positives(`rope.scaling.${which}_factors`));
+  if (short !== undefined && long !== undefined) {
+    return { kind: "longrope", short: [...short], long: [...long], original: original(), attention };
+  }
   if (tensors.has("rope_factors_long.weight") || tensors.has("rope_factors_short.weight")) {
     const [long, short] = ["long", "short"].map((which) => tensors.get(`rope_factors_${which}.weight`, dims / 2));
     return { kind: "longrope", short: short!, long: long!, original: original(), attention };
@@ -320,6 +340,10 @@ function scalingOf(file: ModelFile, tensors: Tensors, dims: number): RopeScaling
         betaSlow: file.positive("rope.scaling.yarn_beta_slow") ?? 1,
         attention: attention * (1 + 0.1 * Math.log(factor)),
       };
+    case "llama3": {
+      const [low, high] = ["low", "high"].map((which) => file.positive(`rope.scaling.${which}_freq_factor`));
+      return { kind: "llama3", factor, low: low ?? 1, high: high ?? 4, original: original() };
+    }
     case "longrope":
       throw new UnsupportedModelError(`${key} is "longrope", but tensor rope_factors_long.weight is missing`);
     default:

@@ -8,6 +8,7 @@
  *
  * @module
  */
+import type { TensorRef } from "../bus/shard.ts";
 import { GgufError } from "./errors.ts";
 import { GGML_TYPES } from "./ggml_types.ts";
 
@@ -21,16 +22,23 @@ export interface TensorInfo {
   readonly type: number;
   /** Columns (contiguous) first. */
   readonly shape: readonly number[];
+  /** The file that it is in: 0 is `path`, from 1 on one of `files`. Default: 0. */
+  readonly file?: number | undefined;
   /** From the file's begin, in bytes. */
   readonly offset: number;
   readonly bytes: number;
+  /** Which of the stored rows it has, and how they are stored; only in safetensors. */
+  readonly rows?: TensorRef["rows"];
+  readonly layout?: TensorRef["layout"];
 }
 
 /** What a GGUF file says. */
 export interface GgufFile {
   readonly path: string;
+  /** Names of further files of the model in the same folder. Default: none. */
+  readonly files?: readonly string[];
   readonly version: number;
-  /** The file's bytes. */
+  /** The files' bytes. */
   readonly size: number;
   readonly alignment: number;
   readonly metadata: ReadonlyMap<string, GgufValue>;
@@ -39,6 +47,8 @@ export interface GgufFile {
   readonly dataOffset: number;
   /** Rotary pairs are a head's two halves whatever the architecture's GGUFs have, as in safetensors. */
   readonly rotaryHalves?: true;
+  /** What is added to the weights of norms, if GGUFs of the architecture have it added already. */
+  readonly normOffset?: number;
 }
 
 const MAX_DIMS = 4;

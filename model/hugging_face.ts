@@ -9,68 +9,15 @@ import { basename, dirname, join } from "node:path";
 import { z } from "zod";
 import type { ModelShape } from "./catalogue.ts";
 import { TokenizerError, UnsupportedModelError } from "./errors.ts";
-import type { GgufFile, GgufValue, TensorInfo } from "./gguf.ts";
+import type { GgufFile } from "./gguf.ts";
+import { checkedConfig, checkedQuantization, metadataOf } from "./hugging_face_config.ts";
+import type { Quantization } from "./hugging_face_config.ts";
+import { folderTensors } from "./hugging_face_tensors.ts";
 import { tokenizerOfJson } from "./hugging_face_tokenizer.ts";
 import { readSafetensorsFolder } from "./safetensors.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 
-const count = z.number().int().min(1);
 const ids = z.union([z.number().int().transform((id) => [id]), z.array(z.number().int())]);
-const rope = z.looseObject({
-  rope_type: z.string().optional(),
-  type: z.string().optional(),
-  factor: z.number().optional(),
-});
-const configSchema = z.looseObject({
-  model_type: z.string(),
-  _name_or_path: z.string().nullish(),
-  hidden_size: count,
-  num_hidden_layers: count,
-  num_attention_heads: count,
-  num_key_value_heads: count.nullish(),
-  head_dim: count.nullish(),
-  intermediate_size: count,
-  vocab_size: count.nullish(),
-  max_position_embeddings: count,
-  rms_norm_eps: z.number(),
-  hidden_act: z.string().nullish(),
-  rope_theta: z.number().nullish(),
-  rope_scaling: rope.nullish(),
-  rope_parameters: rope.extend({ rope_theta: z.number().optional() }).nullish(),
-  tie_word_embeddings: z.boolean().nullish(),
-  sliding_window: z.number().nullish(),
-  use_sliding_window: z.boolean().nullish(),
-  quantization_config: z.looseObject({ quant_method: z.string().optional() }).nullish(),
-  eos_token_id: ids.nullish(),
-});
-
-/** GGUF's name of each architecture. */
-const ARCHITECTURES: Readonly<Record<string, string>> = {
-  llama: "llama",
-  mistral: "llama",
-  qwen2: "qwen2",
-  qwen3: "qwen3",
-};
-/** GGUF's numbers of types that need no conversion. */
-const TYPES: Readonly<Record<string, number>> = { F32: 0, F16: 1, BF16: 30 };
-const TENSORS: Readonly<Record<string, string>> = {
-  "model.embed_tokens": "token_embd",
-  "model.norm": "output_norm",
-  "lm_head": "output",
-};
-const LAYER_TENSORS: Readonly<Record<string, string>> = {
-  "input_layernorm": "attn_norm",
-  "self_attn.q_proj": "attn_q",
-  "self_attn.k_proj": "attn_k",
-  "self_attn.v_proj": "attn_v",
-  "self_attn.o_proj": "attn_output",
-  "self_attn.q_norm": "attn_q_norm",
-  "self_attn.k_norm": "attn_k_norm",
-  "post_attention_layernorm": "ffn_norm",
-  "mlp.gate_proj": "ffn_gate",
-  "mlp.up_proj": "ffn_up",
-  "mlp.down_proj": "ffn_down",
-};
 
 /** A folder's model, as a GGUF would describe it, and its tokenizer. */
 export interface FolderModel {
@@ -89,24 +36,14 @@ export function isModelFolder(path: string): boolean {
  * @throws {ModelError} naming what is missing, malformed or not supported.
  */
 export function readModelFolder(folder: string): FolderModel {
-  const config = checkedConfig(required(folder, "config.json"));
-  const { quantization_config: quantized, model_type: kind } = config;
-  const architecture = Object.hasOwn(ARCHITECTURES, kind) ? ARCHITECTURES[kind]! : undefined;
-  if (architecture === undefined) {
-    throw new UnsupportedModelError(
-      `model_type ${JSON.stringify(kind)} is not supported in safetensors; there are ${
-        Object.keys(ARCHITECTURES).join(", ")
-      }`,
-    );
-  }
-  if (quantized !== null && quantized !== undefined) {
-    throw new UnsupportedModelError(
-      `safetensors quantised by ${
-        quantized.quant_method ?? "an unnamed method"
-      } are not supported yet; take a GGUF of it`,
-    );
-  }
-  const tensors = tensorsOf(folder, config.tie_word_embeddings === true);
+  const checked = checkedConfig(required(folder, "config.json"));
+  const { config, type } = checked;
+  const { path, files, tensors } = folderTensors(
+    readSafetensorsFolder(folder),
+    config,
+    type,
+    config.quantization_config ?? quantizationOf(folder),
+  );
   const generation = optional(folder, "generation_config.json") as { eos_token_id?: unknown } | undefined;
   const tokenizerConfig = optional(folder, "tokenizer_config.json");
   const tokenizer = tokenizerOfJson(required(folder, "tokenizer.json"), {
@@ -114,96 +51,33 @@ export function readModelFolder(folder: string): FolderModel {
     eosIds: ids.safeParse(generation?.eos_token_id).data ?? config.eos_token_id ?? [],
   });
   const template = templateOf(folder, tokenizerConfig);
-  const metadata = metadataOf(config, architecture);
+  const metadata = metadataOf(checked);
   if (template !== undefined) metadata.set("tokenizer.chat_template", template);
-  const path = [...new Set([...tensors.values()].map(({ file }) => file))];
-  if (path.length !== 1) {
-    throw new UnsupportedModelError(`${folder} has its tensors in ${path.length} files; only one can be run yet`);
-  }
+  const sizes = [path, ...files.map((name) => join(dirname(path), name))].map((file) => statSync(file).size);
   return {
     gguf: {
-      path: path[0]!,
+      path,
+      files,
       version: 0,
-      size: statSync(path[0]!).size,
+      size: sizes.reduce((a, b) => a + b),
       alignment: 1,
       metadata,
-      tensors: new Map([...tensors].map(([name, { file: _, ...info }]) => [name, info])),
+      tensors,
       dataOffset: Math.min(...[...tensors.values()].map(({ offset }) => offset)),
       rotaryHalves: true,
+      ...(type.normOffset === undefined ? {} : { normOffset: type.normOffset }),
     },
     tokenizer,
   };
 }
 
-function checkedConfig(json: unknown): z.infer<typeof configSchema> {
-  const parsed = configSchema.safeParse(json);
-  if (parsed.success) return parsed.data;
-  const [issue] = parsed.error.issues;
-  throw new UnsupportedModelError(`config.json: ${issue?.path.join(".") || "it"} is wrong: ${issue?.message}`, {
-    cause: parsed.error,
-  });
-}
-
-function metadataOf(config: z.infer<typeof configSchema>, architecture: string): Map<string, GgufValue> {
-  const metadata = new Map<string, GgufValue>([["general.architecture", architecture]]);
-  const set = (key: string, value: GgufValue | null | undefined) => {
-    if (value !== null && value !== undefined) metadata.set(`${architecture}.${key}`, value);
-  };
-  if ((config.hidden_act ?? "silu") !== "silu") {
-    throw new UnsupportedModelError(`hidden_act is ${config.hidden_act}, not silu`);
+/** What a quantiser's own file says: AutoGPTQ's, or AutoAWQ's. */
+function quantizationOf(folder: string): Quantization | undefined {
+  for (const [file, method] of [["quantize_config.json", "gptq"], ["quant_config.json", "awq"]] as const) {
+    const json = optional(folder, file);
+    if (json !== undefined) return { quant_method: method, ...checkedQuantization(json, file) };
   }
-  const { sliding_window: window, max_position_embeddings: context } = config;
-  if (config.use_sliding_window !== false && window !== null && window !== undefined && window < context) {
-    throw new UnsupportedModelError(
-      `sliding_window is ${window}: sliding windows are not supported in safetensors yet`,
-    );
-  }
-  set("block_count", config.num_hidden_layers);
-  set("embedding_length", config.hidden_size);
-  set("attention.head_count", config.num_attention_heads);
-  set("attention.head_count_kv", config.num_key_value_heads);
-  set("attention.key_length", config.head_dim);
-  set("attention.value_length", config.head_dim);
-  set("feed_forward_length", config.intermediate_size);
-  set("context_length", context);
-  set("attention.layer_norm_rms_epsilon", config.rms_norm_eps);
-  set("rope.freq_base", config.rope_parameters?.rope_theta ?? config.rope_theta);
-  const scaling = config.rope_parameters ?? config.rope_scaling;
-  const type = scaling?.rope_type ?? scaling?.type ?? "default";
-  if (type !== "default") {
-    if (type !== "linear") throw new UnsupportedModelError(`rope scaling ${type} is not supported in safetensors yet`);
-    set("rope.scaling.type", "linear");
-    set("rope.scaling.factor", scaling?.factor);
-  }
-  return metadata;
-}
-
-type FolderTensor = TensorInfo & { readonly file: string };
-
-/** The tensors by GGUF's names; one that has none keeps its own, and is refused later. */
-function tensorsOf(folder: string, tied: boolean): Map<string, FolderTensor> {
-  const out = new Map<string, FolderTensor>();
-  for (const { name, dtype, shape, file, offset, bytes } of readSafetensorsFolder(folder).values()) {
-    // Tables that can be computed, and a head that is the embedding again.
-    if (name.endsWith(".rotary_emb.inv_freq") || (tied && name === "lm_head.weight")) continue;
-    const [, stem = "", ending = ""] = /^(.*)\.(weight|bias)$/.exec(name) ?? [];
-    const [, layer, role = ""] = /^model\.layers\.(\d+)\.(.*)$/.exec(stem) ?? [];
-    const known = layer === undefined
-      ? Object.hasOwn(TENSORS, stem) ? TENSORS[stem] : undefined
-      : Object.hasOwn(LAYER_TENSORS, role)
-      ? `blk.${Number(layer)}.${LAYER_TENSORS[role]}`
-      : undefined;
-    const type = Object.hasOwn(TYPES, dtype) ? TYPES[dtype] : undefined;
-    if (type === undefined) {
-      throw new UnsupportedModelError(
-        `tensor ${name} has type ${dtype}; supported are ${Object.keys(TYPES).join(", ")}`,
-      );
-    }
-    const gguf = known === undefined ? name : `${known}.${ending}`;
-    out.set(gguf, { name: gguf, type, shape: [...shape].reverse(), offset, bytes, file });
-  }
-  if (out.size === 0) throw new UnsupportedModelError(`${folder} has no tensors`);
-  return out;
+  return undefined;
 }
 
 function templateOf(folder: string, tokenizerConfig: unknown): string | undefined {
@@ -240,25 +114,26 @@ function required(folder: string, name: string): unknown {
  * @throws {UnsupportedModelError} naming what is missing or not supported.
  */
 export function shapeOfConfig(path: string): ModelShape {
-  const config = checkedConfig(required(dirname(path), basename(path)));
-  const { model_type: kind, head_dim: headDim } = config;
-  if (!Object.hasOwn(ARCHITECTURES, kind)) {
-    throw new UnsupportedModelError(
-      `model_type ${JSON.stringify(kind)} is not known; there are ${Object.keys(ARCHITECTURES).join(", ")}`,
-    );
-  }
+  const checked = checkedConfig(required(dirname(path), basename(path)));
+  const { config, architecture } = checked;
+  const metadata = metadataOf(checked);
+  const number = (key: string) => metadata.get(`${architecture}.${key}`) as number | undefined;
   const { vocab_size: vocab } = config;
   if (vocab === null || vocab === undefined) throw new UnsupportedModelError(`${path} has no vocab_size`);
+  const heads = number("attention.head_count")!;
+  const headDim = number("attention.key_length");
+  const experts = number("expert_count");
   return {
-    architecture: ARCHITECTURES[kind]!,
-    layers: config.num_hidden_layers,
-    embedding: config.hidden_size,
-    heads: config.num_attention_heads,
-    kvHeads: config.num_key_value_heads ?? config.num_attention_heads,
-    ...(headDim === null || headDim === undefined ? {} : { headDim }),
-    feedForward: config.intermediate_size,
+    architecture,
+    layers: number("block_count")!,
+    embedding: number("embedding_length")!,
+    heads,
+    kvHeads: number("attention.head_count_kv") ?? heads,
+    ...(headDim === undefined ? {} : { headDim }),
+    feedForward: (experts === undefined ? undefined : config.moe_intermediate_size) ?? number("feed_forward_length")!,
     vocab,
-    context: config.max_position_embeddings,
+    context: number("context_length")!,
     ...(config.tie_word_embeddings === true ? { tied: true } : {}),
+    ...(experts === undefined ? {} : { experts: { count: experts, used: number("expert_used_count")! } }),
   };
 }

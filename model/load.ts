@@ -15,6 +15,8 @@ import { tokenizerOf } from "./vocabulary.ts";
 export interface LoadedModel {
   /** The file with the weights. */
   readonly path: string;
+  /** Names of further files with weights in the same folder. */
+  readonly files: readonly string[];
   /** The name of the file, without its ending, or folder. */
   readonly id: string;
   readonly gguf: GgufFile;
@@ -89,6 +91,7 @@ export function loadModel(path: string): Promise<LoadedModel> {
     }
     return {
       path: gguf.path,
+      files: gguf.files ?? [],
       id: basename(path).replace(/\.gguf$/, ""),
       gguf,
       description,

@@ -149,6 +149,7 @@ export class Engine {
     const { activations = "a8" } = options;
     const shard = {
       path: model.path,
+      files: model.files,
       kv,
       activations,
       maxBatch: settings.scheduler.maxBatch,

@@ -1,3 +1,4 @@
+import { tensorBytes } from "../bus/mod.ts";
 import type { Shard } from "../bus/mod.ts";
 import type { LayerCost, ModelCost, PlacedStage } from "./placement.ts";
 import type { ModelDescription, TensorRef } from "../model/mod.ts";
@@ -6,6 +7,8 @@ import type { ModelDescription, TensorRef } from "../model/mod.ts";
 export interface ShardSettings {
   /** The model file, as the workers name it. */
   readonly path: string;
+  /** Names of further files in its folder. */
+  readonly files?: readonly string[];
   readonly kv: Shard["kv"];
   /** @default {"a8"} */
   readonly activations?: NonNullable<Shard["activations"]>;
@@ -48,7 +51,7 @@ export function modelCost(description: ModelDescription, kv: Shard["kv"]): Model
 /** Bytes of all tensors in `part`, packed. */
 function weightBytes(part: unknown): number {
   if (typeof part !== "object" || part === null) return 0;
-  if ("bytes" in part) return (part as TensorRef).bytes * PACKED_RATIO;
+  if ("bytes" in part) return tensorBytes(part as TensorRef) * PACKED_RATIO;
   return Object.values(part).reduce((sum: number, inner) => sum + weightBytes(inner), 0);
 }
 
@@ -61,6 +64,7 @@ export function shardOf(
   const { hyper, embedding, positions, head, layers } = description;
   return {
     path: settings.path,
+    ...(settings.files === undefined ? {} : { files: [...settings.files] }),
     kv: settings.kv,
     activations: settings.activations ?? "a8",
     maxBatch: settings.maxBatch,

@@ -5,6 +5,7 @@
  *
  * @module
  */
+import { join } from "node:path";
 import { argmax, maxDifference, relativeError, sameBits, startCluster } from "./cluster.ts";
 import type { LocalClusterOptions } from "../cli/local_cluster.ts";
 import { fixture, repoPath } from "./data.ts";
@@ -49,10 +50,9 @@ export interface Comparison {
 /** Computes the logits of a golden's tokens; `beside`: while other requests run. */
 export async function logitsOf(
   golden: Golden,
-  options: LocalClusterOptions & { chunk?: number; beside?: boolean } = {},
+  options: LocalClusterOptions & { chunk?: number; beside?: boolean; path?: string } = {},
 ): Promise<Float32Array> {
-  const { chunk, beside, ...rest } = options;
-  const path = fixture(`architectures/${golden.file}`);
+  const { chunk, beside, path = fixture(`architectures/${golden.file}`), ...rest } = options;
   await using cluster = await startCluster(path, { kvType: "f32", context: golden.context, ...rest });
   const { tokens } = golden;
   const requests = beside === true ? [tokens.slice(5, 20), tokens, tokens.slice(30, 47)] : [tokens];
@@ -62,12 +62,28 @@ export async function logitsOf(
   return all[requests.indexOf(tokens)]!;
 }
 
+/** Calls `use` with the folder that `transformers` saved of a golden's model, with a tokenizer, which these models have none of. */
+export async function withFolder<T>({ file }: Golden, use: (folder: string) => Promise<T>): Promise<T> {
+  const folder = await Deno.makeTempDir({ prefix: "lutra-folder-" });
+  try {
+    const source = fixture(`architectures/${file.replace(/\.gguf$/, "")}`);
+    for (const { name } of Deno.readDirSync(source)) Deno.copyFileSync(join(source, name), join(folder, name));
+    Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+    return await use(folder);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
 function median(values: number[]): number {
   return values.sort((a, b) => a - b)[values.length >> 1]!;
 }
 
-/** Prefill on one shard and decode on two, against the golden. */
-export async function compare(golden: Golden, options: LocalClusterOptions = {}): Promise<Comparison> {
+/** Prefill on one shard and decode on two, against the golden; of the model at `path`, or its GGUF. */
+export async function compare(
+  golden: Golden,
+  options: LocalClusterOptions & { path?: string } = {},
+): Promise<Comparison> {
   const expected = new Float32Array(Deno.readFileSync(fixture(`architectures/${golden.logits}`)).buffer);
   const rows = golden.tokens.length;
   const vocab = expected.length / rows;
@@ -93,6 +109,7 @@ if (import.meta.main) {
   const rows: string[] = [];
   for (const golden of goldens) {
     const { prefill, decode, relative, same, otherArgmax, rows: tokens } = await compare(golden);
+    const folder = await withFolder(golden, (path) => compare(golden, { path }));
     const cells = [
       golden.name,
       `\`${golden.architecture}\``,
@@ -104,6 +121,7 @@ if (import.meta.main) {
       relative.toExponential(1),
       `${tokens - otherArgmax}/${tokens}`,
       same ? "yes" : "no",
+      folder.decode.toExponential(1),
     ];
     console.log(cells.join("  "));
     rows.push(`| ${cells.join(" | ")} |`);
@@ -112,11 +130,12 @@ if (import.meta.main) {
 
 Written by \`deno task architectures\`: largest difference of any logit between Lutra and \`transformers\` (float32) on tiny models with
 random weights, at prefill on one shard and token by token through the KV cache on two; the relative error, in units of the
-logits' spread; rows with the same largest logit; whether both ways gave the same bits. Bound: 1e-3, and for ternary weights, whose
+logits' spread; rows with the same largest logit; whether both ways gave the same bits. All that of the model as GGUF; the last column
+is the difference at decode of the folder with safetensors that \`transformers\` saves. Bound: 1e-3, and for ternary weights, whose
 activations are rounded to 8 bits, a relative error of 3.8 %.
 
-| model | architecture | class | shows | tokens of context | prefill | decode | relative | same argmax | same bits |
-| ----- | ------------ | ----- | ----- | ----------------- | ------- | ------ | -------- | ----------- | --------- |
+| model | architecture | class | shows | tokens of context | prefill | decode | relative | same argmax | same bits | folder |
+| ----- | ------------ | ----- | ----- | ----------------- | ------- | ------ | -------- | ----------- | --------- | ------ |
 ${rows.join("\n")}
 `;
   await Deno.writeTextFile(repoPath("tests", "architectures.md"), text);

@@ -1,25 +1,34 @@
 /** Every architecture against `transformers` (see `architectures.ts`), and by itself: the same bits however it is computed. */
 import assert from "node:assert/strict";
-import { compare, goldens, logitsOf } from "./architectures.ts";
+import { compare, goldens, logitsOf, withFolder } from "./architectures.ts";
+import type { Comparison, Golden } from "./architectures.ts";
 import { sameBits } from "./cluster.ts";
 import { repoPath } from "./data.ts";
 import { ARCHITECTURES } from "../model/mod.ts";
 import { loadKernels } from "../worker/mod.ts";
 
+/** Whether logits are transformers', however they were computed. */
+function assertEqual(golden: Golden, { prefill, decode, relative, same, otherArgmax }: Comparison): void {
+  assert.ok(same, "decode on two shards gives other bits than prefill on one");
+  if (golden.tolerance > 0) {
+    assert.ok(prefill <= golden.tolerance && decode <= golden.tolerance, `logits differ by ${prefill} and ${decode}`);
+    assert.equal(otherArgmax, 0);
+  } else {
+    // Twice two roundings per part and the head's, each of 0.64 %: golden_test.ts derives it.
+    const bound = 2 * 0.0064 * Math.sqrt(4 * 2 + 1);
+    assert.ok(relative <= bound, `relative error ${relative} exceeds ${bound}`);
+  }
+}
+
 for (const golden of goldens) {
   const name = `${golden.name}, context ${golden.context}`;
 
   Deno.test(`${name}: prefill and decode equal transformers'`, async () => {
-    const { prefill, decode, relative, same, otherArgmax } = await compare(golden);
-    assert.ok(same, "decode on two shards gives other bits than prefill on one");
-    if (golden.tolerance > 0) {
-      assert.ok(prefill <= golden.tolerance && decode <= golden.tolerance, `logits differ by ${prefill} and ${decode}`);
-      assert.equal(otherArgmax, 0);
-    } else {
-      // Twice two roundings per part and the head's, each of 0.64 %: golden_test.ts derives it.
-      const bound = 2 * 0.0064 * Math.sqrt(4 * 2 + 1);
-      assert.ok(relative <= bound, `relative error ${relative} exceeds ${bound}`);
-    }
+    assertEqual(golden, await compare(golden));
+  });
+
+  Deno.test(`${name}: the folder that transformers saves gives its logits too`, async () => {
+    assertEqual(golden, await withFolder(golden, (path) => compare(golden, { path })));
   });
 
   Deno.test(`${name}: with a cache of 8 bits logits stay near transformers'`, async () => {

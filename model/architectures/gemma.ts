@@ -2,6 +2,11 @@ import type { HyperParameters } from "../../bus/shard.ts";
 import type { Architecture, ModelFile } from "../architecture.ts";
 
 const embeddingScale = (h: HyperParameters) => Math.sqrt(h.embedding);
+const attentionScale = (file: ModelFile, h: HyperParameters, layersOfOdd: number) => {
+  const odd = h.layers === layersOfOdd ? 1 / Math.sqrt(h.embedding / h.heads) : undefined;
+  const scale = file.positive("attention.scale") ?? odd;
+  return scale === undefined ? {} : { attentionScale: scale };
+};
 
 /** As llama, with tanh-GELU and an embedding scaled by √width. The files' norm weights hold the 1 that Gemma adds. */
 export const gemma: Architecture = {
@@ -24,8 +29,8 @@ export const gemma2: Architecture = {
   window: { every: 2 },
   extras: (file: ModelFile, h) => ({
     embeddingScale: embeddingScale(h),
-    // Gemma 2 27B alone, which the files do not say.
-    ...(h.layers === 46 ? { attentionScale: 1 / Math.sqrt(h.embedding / h.heads) } : {}),
+    // Gemma 2 27B alone, which GGUFs do not say.
+    ...attentionScale(file, h, 46),
     attentionSoftcap: file.positive("attn_logit_softcapping") ?? 50,
     logitSoftcap: file.positive("final_logit_softcapping") ?? 30,
   }),
@@ -43,8 +48,8 @@ export const gemma3: Architecture = {
     const logitSoftcap = file.positive("final_logit_softcapping");
     return {
       embeddingScale: embeddingScale(h),
-      // Gemma 3 27B alone, which the files do not say.
-      ...(h.layers === 62 ? { attentionScale: 1 / Math.sqrt(h.embedding / h.heads) } : {}),
+      // Gemma 3 27B alone, which GGUFs do not say.
+      ...attentionScale(file, h, 62),
       ...(logitSoftcap === undefined ? {} : { logitSoftcap }),
     };
   },

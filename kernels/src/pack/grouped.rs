@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let words = vec![0; 4 * 4 * 32];
+        let words = vec![0; 4 * 8 * 32];
         let with = |bits, cols: usize, groups: Vec<u32>, scales: usize| {
             let format = Format::Gptq { bits, zero: 1 };
             let grouped = Grouped {
