@@ -271,13 +271,16 @@ export const shardSchema = z.strictObject({
 /** A contiguous range of a model's layers. */
 export type Shard = z.infer<typeof shardSchema>;
 
-/** All tensors that a shard is made of. */
+/** All tensors that a shard is made of, where they are stored. */
 export function shardTensors(shard: Shard): TensorRef[] {
   const found: TensorRef[] = [];
   const walk = (part: unknown) => {
     if (typeof part !== "object" || part === null) return;
-    if ("offset" in part && "bytes" in part) found.push(part as TensorRef);
-    else for (const inner of Object.values(part)) walk(inner);
+    if ("offset" in part && "bytes" in part) {
+      const tensor = part as TensorRef;
+      if (tensor.layout?.kind !== "parts") found.push(tensor);
+      walk(tensor.layout);
+    } else for (const inner of Object.values(part)) walk(inner);
   };
   walk(shard);
   return found;

@@ -67,7 +67,7 @@ fn scales(files: &ModelFiles, t: &TensorRef) -> Result<Vec<u16>> {
 /// The group of every column: as `index` says, or one after the other.
 fn groups(files: &ModelFiles, index: Option<&TensorRef>, group: usize, cols: usize) -> Result<Vec<u32>> {
     match index {
-        None => Ok((0..cols).map(|k| if group == 0 { 0 } else { (k / group) as u32 }).collect()),
+        None => Ok((0..cols).map(|k| k.checked_div(group).unwrap_or(0) as u32).collect()),
         Some(t) => {
             Ok(files.tensor(t)?.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("4 bytes"))).collect())
         }

@@ -83,7 +83,7 @@ fn frequencies(rope: &Rope, factors: &[f32], context: usize) -> (Vec<f64>, f64) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::descriptor::TensorRef;
+    use crate::descriptor::Factors;
     use std::path::Path;
 
     /// Of one variant, as `tests/fixtures/generate.py` writes it.
@@ -109,7 +109,7 @@ mod tests {
     fn scaled_frequencies_are_those_of_transformers() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/rope-golden.json");
         let goldens: Vec<Golden> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        let tensor = || TensorRef { name: String::new(), kind: 0, shape: vec![], offset: 0, bytes: 0 };
+        let factors = || Factors::Values(vec![]);
         let mut kinds = std::collections::BTreeSet::new();
         for g in goldens {
             let (factor, original, attention) = (g.factor.unwrap_or(1.0), g.original, g.attention);
@@ -121,7 +121,7 @@ mod tests {
                     RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention }
                 }
                 "llama3" => RopeScaling::Llama3 { factor, low: g.low.unwrap(), high: g.high.unwrap(), original },
-                "longrope" => RopeScaling::Longrope { short: tensor(), long: tensor(), original, attention },
+                "longrope" => RopeScaling::Longrope { short: factors(), long: factors(), original, attention },
                 other => panic!("no scaling {other}"),
             };
             let what = format!("{scaling:?} of {} pairs, base {}, context {}", g.dims / 2, g.base, g.context);
