@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { loadModel, SafetensorsError, TokenizerError, UnsupportedModelError } from "../model/mod.ts";
-import { argmax, maxDifference, startCluster } from "./cluster.ts";
+import { loadKernels } from "../worker/mod.ts";
+import { argmax, maxDifference, relativeError, sameBits, startCluster } from "./cluster.ts";
 import { fixture } from "./data.ts";
 import { writeModelFolder, writeSafetensors } from "./safetensors_writer.ts";
 
@@ -36,6 +37,32 @@ for (const type of ["f32", "f16", "bf16"]) {
         const difference = maxDifference(logits, expected);
         assert.ok(difference <= golden.tolerance, `logits differ by ${difference}, more than ${golden.tolerance}`);
         for (let i = 0; i < positions; i++) assert.equal(argmax(logits, i, vocab), argmax(expected, i, vocab));
+      }
+    }));
+}
+
+const quantised: { name: string; tokens: number[] }[] = JSON.parse(
+  Deno.readTextFileSync(fixture("folders/goldens.json")),
+);
+for (const { name, tokens } of quantised) {
+  Deno.test(`safetensors ${name}: the logits of its weights dequantised by their formula, the same bits everywhere`, () =>
+    withFolder(async (folder) => {
+      for (const { name: file } of Deno.readDirSync(fixture(`folders/${name}`))) {
+        Deno.copyFileSync(fixture(`folders/${name}/${file}`), join(folder, file));
+      }
+      Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+      const expected = new Float32Array(Deno.readFileSync(fixture(`folders/${name}.f32`)).buffer);
+      // What 8-bit activations may cost a model of one layer (golden_test.ts derives it), and a 256th of it for 16 bits.
+      const bound = 2 * 0.0064 * Math.sqrt(4 + 1);
+      for (const [activations, most] of [["a8", bound], ["a16", bound / 256]] as const) {
+        let first: Float32Array | undefined;
+        for (const isa of loadKernels().deviceInfo().available) {
+          await using cluster = await startCluster(folder, { kvType: "f32", activations, isa });
+          const logits = await cluster.engine.logits(tokens);
+          const error = relativeError(logits, expected);
+          assert.ok(error <= most, `${isa} ${activations}: relative error ${error} exceeds ${most}`);
+          assert.ok(sameBits(logits, first ??= logits), isa);
+        }
       }
     }));
 }
