@@ -134,6 +134,11 @@ export function readSafetensorsFolder(folder: string): Map<string, SafetensorInf
     throw new SafetensorsError(index, "weight_map", "is no list of tensors' files", { cause: parsed.error });
   }
   const { weight_map: places } = parsed.data;
+  for (const name of new Set(Object.values(places))) {
+    if (statSync(join(folder, name), { throwIfNoEntry: false })?.isFile() !== true) {
+      throw new SafetensorsError(index, "weight_map", `names ${name}, which is not there`);
+    }
+  }
   const files = new Map([...new Set(Object.values(places))].map((name) => [name, readSafetensors(join(folder, name))]));
   const tensors = new Map<string, SafetensorInfo>();
   for (const [name, file] of Object.entries(places)) {

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { loadModel, SafetensorsError, TokenizerError, UnsupportedModelError } from "../model/mod.ts";
+import { loadModel, ModelError, SafetensorsError, TokenizerError, UnsupportedModelError } from "../model/mod.ts";
 import { loadKernels } from "../worker/mod.ts";
 import { argmax, maxDifference, relativeError, sameBits, startCluster } from "./cluster.ts";
 import { fixture } from "./data.ts";
@@ -131,4 +131,35 @@ Deno.test("loadModel: a folder that cannot be run says which part is wrong", () 
       writeSafetensors({ "model.norm.weight": { dtype: "I64", shape: [1], data: new Uint8Array(8) } }),
     );
     await refused(UnsupportedModelError, /model\.norm\.weight has type I64/);
+  }));
+
+Deno.test("loadModel: a folder whose files are damaged anywhere loads, or is refused with an error of its kind", () =>
+  withFolder(async (folder) => {
+    let state = 1;
+    const below = (n: number) => (state = (Math.imul(state, 1664525) + 1013904223) >>> 0) % n;
+    const sources = ["folders/gptq-4-act-order", "folders/awq", "folders/bitnet", "architectures/mixtral"];
+    for (const source of sources) {
+      const names = [...Deno.readDirSync(fixture(source))].map(({ name }) => name);
+      for (const name of names) Deno.copyFileSync(fixture(`${source}/${name}`), join(folder, name));
+      Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+      await loadModel(folder);
+      for (let i = 0; i < 250; i++) {
+        const name = names[i % names.length]!;
+        const good = Deno.readFileSync(fixture(`${source}/${name}`));
+        const bad = good.slice(0, below(20) === 0 ? below(good.length) : good.length);
+        for (let n = 0; n <= below(3) && bad.length > 0; n++) {
+          // Most damage where lengths, names, types and shapes are.
+          const at = below(Math.min(bad.length, 4096));
+          bad[at] = below(2) === 0 ? below(256) : "0123456789-[]{},:eE".charCodeAt(below(19));
+        }
+        Deno.writeFileSync(join(folder, name), bad);
+        try {
+          await loadModel(folder);
+        } catch (error) {
+          assert.ok(error instanceof ModelError, `${source}/${name}, case ${i}: ${error}`);
+        }
+        Deno.writeFileSync(join(folder, name), good);
+      }
+      for (const { name } of [...Deno.readDirSync(folder)]) Deno.removeSync(join(folder, name));
+    }
   }));
