@@ -1,7 +1,8 @@
 import type { Command } from "commander";
 import { modelPath } from "./hub/reference.ts";
-import { describeModel, ggmlTypeName, isModelFolder, readGguf, readModelFolder } from "../model/mod.ts";
-import type { GgufFile, GgufValue, ModelDescription } from "../model/mod.ts";
+import { ggmlTypeName, isModelFolder, loadModel, readGguf, readModelFolder } from "../model/mod.ts";
+import type { GgufFile, GgufValue, LoadedModel, ModelDescription } from "../model/mod.ts";
+import { DEFAULT_CONTEXT, modelCost } from "../orchestrator/mod.ts";
 
 /** Adds the command `inspect`. */
 export function addInspect(program: Command): void {
@@ -10,19 +11,41 @@ export function addInspect(program: Command): void {
     .argument("<model>", "a GGUF file, a folder with safetensors, or hf:org/repo[:file] that was pulled")
     .option("--tensors", "list every tensor")
     .option("--json", "print JSON")
-    .action((path: string, flags: { tensors?: boolean; json?: boolean }) => {
+    .action(async (path: string, flags: { tensors?: boolean; json?: boolean }) => {
       const file = modelPath(path);
       const gguf = isModelFolder(file) ? readModelFolder(file).gguf : readGguf(file);
-      let description: ModelDescription | undefined;
+      let model: LoadedModel | undefined;
       let reason: string | undefined;
       try {
-        description = describeModel(gguf);
+        model = await loadModel(file);
       } catch (error) {
         reason = (error as Error).message;
       }
-      if (flags.json === true) console.log(JSON.stringify(asJson(gguf, description, reason, flags.tensors === true)));
-      else console.log(asText(gguf, description, reason, flags.tensors === true));
+      if (flags.json === true) console.log(JSON.stringify(asJson(gguf, model, reason, flags.tensors === true)));
+      else console.log(asText(gguf, model, reason, flags.tensors === true));
     });
+}
+
+/** What the model takes of a machine's memory, by default. */
+function memoryOf(description: ModelDescription) {
+  const bytes = (tokens: number) => {
+    const { layers, embeddingBytes, head } = modelCost(description, { type: "f16", tokens });
+    return Math.ceil(layers.reduce((sum, layer) => sum + layer.memoryBytes, embeddingBytes + head.memoryBytes));
+  };
+  const weights = bytes(0);
+  return { weights, cache: bytes(DEFAULT_CONTEXT) - weights, cachedTokens: DEFAULT_CONTEXT };
+}
+
+/** Of all tensors. */
+function bitsPerWeight(rows: readonly TypeRow[]): number {
+  const sum = (of: (row: TypeRow) => number) => rows.reduce((sum, row) => sum + of(row), 0);
+  return 8 * sum((row) => row.bytes) / Math.max(1, sum((row) => row.elements));
+}
+
+/** Whether and how a conversation comes to the model. */
+function templateOf({ chatTemplate, gguf }: LoadedModel): "none" | "malformed" | "with tools" | "without tools" {
+  if (chatTemplate.isFallback) return gguf.metadata.has("tokenizer.chat_template") ? "malformed" : "none";
+  return chatTemplate.takesTools ? "with tools" : "without tools";
 }
 
 interface TypeRow {
@@ -45,50 +68,57 @@ function byType(gguf: GgufFile): TypeRow[] {
   return [...rows.values()].sort((a, b) => b.bytes - a.bytes);
 }
 
-function asJson(
-  gguf: GgufFile,
-  description: ModelDescription | undefined,
-  reason: string | undefined,
-  tensors: boolean,
-) {
+function asJson(gguf: GgufFile, model: LoadedModel | undefined, reason: string | undefined, tensors: boolean) {
+  const types = byType(gguf);
   const plain = (value: GgufValue): unknown =>
     typeof value === "bigint" ? value.toString() : Array.isArray(value) ? value.map(plain) : value;
   return {
     path: gguf.path,
     version: gguf.version,
     bytes: gguf.size,
-    supported: description !== undefined,
+    supported: model !== undefined,
     ...(reason === undefined ? {} : { reason }),
-    ...(description === undefined ? {} : { hyper: description.hyper, parameters: description.parameters }),
+    ...(model === undefined ? {} : {
+      architecture: model.description.architecture,
+      hyper: model.description.hyper,
+      parameters: model.description.parameters,
+      vocabulary: model.tokenizer.vocabSize,
+      chatTemplate: templateOf(model),
+      memory: memoryOf(model.description),
+      warnings: model.warnings,
+    }),
+    bitsPerWeight: bitsPerWeight(types),
     metadata: Object.fromEntries([...gguf.metadata].map(([key, value]) => [key, plain(value)])),
-    types: byType(gguf),
+    types,
     ...(tensors ? { tensors: [...gguf.tensors.values()].map((t) => ({ ...t, type: ggmlTypeName(t.type) })) } : {}),
   };
 }
 
-function asText(
-  gguf: GgufFile,
-  description: ModelDescription | undefined,
-  reason: string | undefined,
-  tensors: boolean,
-) {
+function asText(gguf: GgufFile, model: LoadedModel | undefined, reason: string | undefined, tensors: boolean) {
+  const types = byType(gguf);
   const format = gguf.version === 0 ? "safetensors" : `GGUF version ${gguf.version}`;
   const lines = [`${gguf.path}: ${format}, ${bytes(gguf.size)}, ${gguf.tensors.size} tensors`];
-  if (description !== undefined) {
+  if (model !== undefined) {
+    const { description } = model;
     const h = description.hyper;
+    const { weights, cache, cachedTokens } = memoryOf(description);
     lines.push(
       `${description.name ?? "no name"}: ${description.architecture}, ${
         (description.parameters / 1e6).toFixed(1)
-      } M parameters`,
+      } M parameters of ${bitsPerWeight(types).toFixed(2)} bits`,
       `  ${h.layers} layers of ${h.embedding}, ${h.heads} heads of ${h.headDim} on ${h.kvHeads} KV heads, ` +
         `feed-forward ${h.feedForward}, vocabulary ${h.vocab}, context ${h.context}`,
+      ...(h.moe === undefined ? [] : [`  ${h.moe.used} of ${h.moe.experts} experts are used`]),
+      `  chat template: ${templateOf(model)}`,
+      `  needs ${bytes(weights)} of memory for weights, and ${bytes(cache)} for a cache of ${cachedTokens} tokens`,
+      ...model.warnings.map((warning) => `  warning: ${warning}`),
     );
   } else lines.push(`Lutra cannot run it: ${reason}`);
   lines.push(
     "",
     ...table(
       ["type", "tensors", "elements", "bytes", "bits/weight"],
-      byType(gguf).map((
+      types.map((
         r,
       ) => [r.type, `${r.tensors}`, `${r.elements}`, bytes(r.bytes), ((8 * r.bytes) / r.elements).toFixed(2)]),
     ),

@@ -68,10 +68,19 @@ Deno.test("inspect: tells of a model, as text and as JSON", async () => {
   assert.equal(text.code, 0, text.stderr);
   assert.match(text.stdout, /5 layers of 256/);
   assert.match(text.stdout, /Q4_0 +37/);
+  assert.match(text.stdout, /llama, \d+\.\d M parameters of 4\.\d\d bits/);
+  assert.match(text.stdout, /chat template: without tools/);
+  assert.match(text.stdout, /needs 1\.798 MB of memory for weights, and 20\.97 MB for a cache of 8192 tokens/);
   const json = JSON.parse((await lutra(["inspect", model, "--json", "--tensors"])).stdout);
   assert.equal(json.supported, true);
   assert.equal(json.hyper.layers, 5);
   assert.equal(json.tensors.length, 48);
+  assert.equal(json.memory.cache, 5 * 8192 * 2 * (2 * 64) * 2); // layers, tokens, K and V, KV heads, bytes
+  assert.equal(json.chatTemplate, "without tools");
+  const ids = JSON.parse((await lutra(["inspect", fixture("architectures/qwen2moe.gguf"), "--json"])).stdout);
+  assert.equal(ids.architecture, "qwen2moe");
+  assert.equal(ids.chatTemplate, "none");
+  assert.match(ids.warnings.join(), /no vocabulary/);
 });
 
 Deno.test("tune: shows what was measured and chosen", async () => {

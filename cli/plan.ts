@@ -5,7 +5,7 @@ import type { Command } from "commander";
 import { NatsBus } from "../bus/mod.ts";
 import { isModelFolder, loadModel, MODEL_SHAPES, ModelError, shapeOfConfig, sketchModel } from "../model/mod.ts";
 import type { ModelDescription } from "../model/mod.ts";
-import { Membership, modelCost, place, predict, stageCosts } from "../orchestrator/mod.ts";
+import { DEFAULT_CONTEXT, Membership, modelCost, place, predict, stageCosts } from "../orchestrator/mod.ts";
 import type { Device, ModelCost, PlacedStage } from "../orchestrator/mod.ts";
 import { isHubReference, modelPath } from "./hub/reference.ts";
 import { bytes, table } from "./inspect.ts";
@@ -24,8 +24,6 @@ interface PlanFlags extends NatsFlags {
   wait: number;
   json?: boolean;
 }
-
-const DEFAULT_CONTEXT = 8192;
 
 /** Adds the command `plan`. */
 export function addPlan(program: Command): void {

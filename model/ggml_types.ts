@@ -7,6 +7,8 @@ export interface GgmlType {
   readonly bytes: number;
   /** Bytes behind the blocks of a tensor. */
   readonly trailer: number;
+  /** Bytes that the kernels hold and read of a block, at most. */
+  readonly packed: number;
   /** Whether the kernels compute with it. */
   readonly supported: boolean;
 }
@@ -14,7 +16,10 @@ export interface GgmlType {
 /** Types that only files have so far. */
 const UNSUPPORTED = new Set([9, 15, 24, 25, 26, 27, 28, 40, 41]);
 
-const table: [number, string, number, number, number?][] = [
+/** Packed weights take at most so much more than the file's, but for types with codebooks (the last column). */
+export const PACKED_RATIO = 1.02;
+
+const table: [number, string, number, number, number?, number?][] = [
   [0, "F32", 1, 4],
   [1, "F16", 1, 2],
   [2, "Q4_0", 32, 18],
@@ -29,20 +34,20 @@ const table: [number, string, number, number, number?][] = [
   [13, "Q5_K", 256, 176],
   [14, "Q6_K", 256, 210],
   [15, "Q8_K", 256, 292],
-  [16, "IQ2_XXS", 256, 66],
-  [17, "IQ2_XS", 256, 74],
-  [18, "IQ3_XXS", 256, 98],
-  [19, "IQ1_S", 256, 50],
+  [16, "IQ2_XXS", 256, 66, 0, 106],
+  [17, "IQ2_XS", 256, 74, 0, 110],
+  [18, "IQ3_XXS", 256, 98, 0, 138],
+  [19, "IQ1_S", 256, 50, 0, 106],
   [20, "IQ4_NL", 32, 18],
-  [21, "IQ3_S", 256, 110],
-  [22, "IQ2_S", 256, 82],
+  [21, "IQ3_S", 256, 110, 0, 138],
+  [22, "IQ2_S", 256, 82, 0, 110],
   [23, "IQ4_XS", 256, 136],
   [24, "I8", 1, 1],
   [25, "I16", 1, 2],
   [26, "I32", 1, 4],
   [27, "I64", 1, 8],
   [28, "F64", 1, 8],
-  [29, "IQ1_M", 256, 56],
+  [29, "IQ1_M", 256, 56, 0, 110],
   [30, "BF16", 1, 2],
   [34, "TQ1_0", 256, 54],
   [35, "TQ2_0", 256, 66],
@@ -57,9 +62,9 @@ const table: [number, string, number, number, number?][] = [
 
 /** Every tensor type that a GGUF may hold, by id. */
 export const GGML_TYPES: ReadonlyMap<number, GgmlType> = new Map(
-  table.map(([id, name, elements, bytes, trailer = 0]) => [
+  table.map(([id, name, elements, bytes, trailer = 0, packed = PACKED_RATIO * bytes]) => [
     id,
-    { id, name, elements, bytes, trailer, supported: !UNSUPPORTED.has(id) },
+    { id, name, elements, bytes, trailer, packed, supported: !UNSUPPORTED.has(id) },
   ]),
 );
 

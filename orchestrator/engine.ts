@@ -106,7 +106,8 @@ export interface EngineStats extends SchedulerStats {
   readonly stages: readonly (PlacedStage & { weightBytes: number; weightBytesPerToken: number })[];
 }
 
-const DEFAULT_CONTEXT = 8192;
+/** Tokens of a sequence, and of the cache, where nobody says how many. */
+export const DEFAULT_CONTEXT = 8192;
 
 /**
  * Answers requests with a model that lies on workers. It finds them on the bus, places the model, and pipelines the tokens

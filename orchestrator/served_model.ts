@@ -1,6 +1,7 @@
 import { tensorBytes } from "../bus/mod.ts";
 import type { Shard } from "../bus/mod.ts";
 import type { LayerCost, ModelCost, PlacedStage } from "./placement.ts";
+import { GGML_TYPES, PACKED_RATIO } from "../model/mod.ts";
 import type { ModelDescription, TensorRef } from "../model/mod.ts";
 
 /** What all shards of a deployment share. */
@@ -16,9 +17,6 @@ export interface ShardSettings {
   /** Most tokens of a sequence. */
   readonly context: number;
 }
-
-/** Packed weights take at most so much more than the file's. */
-const PACKED_RATIO = 1.02;
 
 /** Bytes that a key or value of `dim` numbers takes in the cache. */
 function cachedBytes(type: Shard["kv"]["type"], dim: number): number {
@@ -51,7 +49,11 @@ export function modelCost(description: ModelDescription, kv: Shard["kv"]): Model
 /** Bytes of all tensors in `part`, packed. */
 function weightBytes(part: unknown): number {
   if (typeof part !== "object" || part === null) return 0;
-  if ("bytes" in part) return tensorBytes(part as TensorRef) * PACKED_RATIO;
+  if ("bytes" in part) {
+    const tensor = part as TensorRef;
+    const type = GGML_TYPES.get(tensor.type);
+    return tensorBytes(tensor) * (type === undefined ? PACKED_RATIO : type.packed / type.bytes);
+  }
   return Object.values(part).reduce((sum: number, inner) => sum + weightBytes(inner), 0);
 }
 
