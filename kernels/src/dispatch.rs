@@ -10,7 +10,7 @@ use crate::quantize::{Quantize, Table};
 use std::fmt;
 
 /// Raised when kernels become faster or slower: what was measured of others counts no more.
-pub(crate) const KERNELS_VERSION: u32 = 2;
+pub(crate) const KERNELS_VERSION: u32 = 3;
 
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,7 @@ pub enum Isa {
     Portable,
     Avx2,
     Avx512,
+    Amx,
     Neon,
     NeonDotprod,
 }
@@ -29,6 +30,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
             Isa::Neon => "neon",
             Isa::NeonDotprod => "neon-dotprod",
         }
@@ -102,7 +104,11 @@ impl Kernels {
 pub fn available() -> Vec<&'static Kernels> {
     let mut sets: Vec<&'static Kernels> = vec![&arch::portable::KERNELS];
     #[cfg(target_arch = "x86_64")]
-    sets.extend(arch::x86_64::avx2::kernels().into_iter().chain(arch::x86_64::avx512::kernels()));
+    sets.extend(
+        [arch::x86_64::avx2::kernels(), arch::x86_64::avx512::kernels(), arch::x86_64::amx::kernels()]
+            .into_iter()
+            .flatten(),
+    );
     #[cfg(target_arch = "aarch64")]
     sets.extend(arch::aarch64::neon::kernels().into_iter().chain(arch::aarch64::dotprod::kernels()));
     sets

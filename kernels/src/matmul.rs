@@ -12,7 +12,7 @@ use crate::quantize::{quantize16, Table};
 use std::ops::Range;
 
 /// Activation rows that a tile kernel takes at once.
-pub(crate) const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 64;
 
 /// Codes behind the last activation that kernels may read; they meet digits of 0.
 pub(crate) const ACTIVATION_PAD: usize = 16;
@@ -77,10 +77,20 @@ pub(crate) type TileOut = [[f32; MAX_TILE]; BATCH];
 /// long as `TileArgs` says.
 pub(crate) type TileKernel = unsafe fn(args: &TileArgs, out: &mut TileOut);
 
+/// Codes of a cache line, for rows to start at one.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code)] [i8; Line::LEN]);
+
+impl Line {
+    const LEN: usize = 64;
+    const ZERO: Line = Line([0; Line::LEN]);
+}
+
 /// Activations of one int8 group size.
 struct Quantized {
     group: usize,
-    codes: Vec<i8>,
+    codes: Vec<Line>,
     scales: Vec<f32>,
     sums: Vec<i32>,
     /// Sums of every 16 and of every 32 codes.
@@ -214,6 +224,12 @@ impl Quantized {
         }
     }
 
+    /// Of all rows, and what fills the last line.
+    fn codes(&self) -> &[i8] {
+        // SAFETY: lines are bytes and nothing else, one after the other.
+        unsafe { std::slice::from_raw_parts(self.codes.as_ptr().cast(), self.codes.len() * Line::LEN) }
+    }
+
     fn prepare(
         &mut self,
         ks: &Kernels,
@@ -232,7 +248,7 @@ impl Quantized {
         // From here on lengths are those of all digits of a row.
         let (x_len, k) = (k, k * precision.digits());
         let (group, groups) = (self.group, k / self.group);
-        self.codes.resize(n * k + ACTIVATION_PAD, 0);
+        self.codes.resize((n * k + ACTIVATION_PAD).div_ceil(Line::LEN), Line::ZERO);
         self.scales.resize(n * groups, 0.0);
         self.sums.resize(n * groups, 0);
         // Only groups of 256 are of forms with subs.
@@ -242,7 +258,7 @@ impl Quantized {
         if build {
             self.tables.resize(n * (k / 4), Table::ZERO);
         }
-        let codes = Shared(self.codes.as_mut_ptr());
+        let codes = Shared(self.codes.as_mut_ptr().cast::<i8>());
         let scales = Shared(self.scales.as_mut_ptr());
         let sums = Shared(self.sums.as_mut_ptr());
         let (sums16, sums32) = (Shared(self.sums16.as_mut_ptr()), Shared(self.sums32.as_mut_ptr()));
@@ -383,7 +399,7 @@ impl<'a> Product<'a> {
             let prepared = act.quantized.iter().find(|q| q.current && q.group == form.act_group());
             let prepared = prepared.unwrap_or_else(|| panic!("matmul: activations were not prepared for {form:?}"));
             let groups = k / prepared.group;
-            args.codes = &prepared.codes[..rows * k + ACTIVATION_PAD];
+            args.codes = &prepared.codes()[..rows * k + ACTIVATION_PAD];
             args.scales = &prepared.scales[..rows * groups];
             args.sums = &prepared.sums[..rows * groups];
             args.sub_sums = match form.scale.sub(prepared.group) {

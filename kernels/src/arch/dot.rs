@@ -145,7 +145,7 @@ pub(crate) const F16_ZERO8: u8 = 10;
 
 /// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
 /// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
 /// Registers that the rows of a tile take at most.
 const CHUNKS: usize = FIELD_TILE / 4;
@@ -155,7 +155,7 @@ const SUMS: usize = 8;
 
 /// Bits of a code.
 #[inline(always)]
-const fn width(codes: u8) -> usize {
+pub(super) const fn width(codes: u8) -> usize {
     match codes {
         IQ4_NL | MXFP4 | IQ3_XXS | IQ3_S => 4,
         IQ1 | IQ2 => 3,
@@ -165,7 +165,7 @@ const fn width(codes: u8) -> usize {
 
 /// What these codes are worth, for tables.
 #[inline(always)]
-const fn table_values(codes: u8) -> Values {
+pub(super) const fn table_values(codes: u8) -> Values {
     match codes {
         IQ4_NL => Values::Iq4Nl,
         MXFP4 => Values::Mxfp4,
@@ -190,7 +190,7 @@ const fn is_signed(codes: u8) -> bool {
 
 /// Bytes of the scales behind the codes of a group.
 #[inline(always)]
-const fn scale_bytes(scale: u8) -> usize {
+pub(super) const fn scale_bytes(scale: u8) -> usize {
     FIELD_TILE
         * match scale {
             TENSOR => 0,
@@ -204,7 +204,7 @@ const fn scale_bytes(scale: u8) -> usize {
 
 /// Words of sub-scales.
 #[inline(always)]
-const fn sub_words(scale: u8) -> usize {
+pub(super) const fn sub_words(scale: u8) -> usize {
     match scale {
         SUB4_MIN | SUB8 => 4,
         SUB6_MIN | SUB6 => 3,
@@ -233,7 +233,7 @@ unsafe fn mask<D: Dot>(v: D::Int, m: u8) -> D::Int {
 
 /// The codes of a unit, 32 k: register s has k = 4·s .. 4·s + 4. `at` points to the register's rows in the unit's first word.
 #[inline(always)]
-unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
+pub(super) unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
     let mut out = [D::splat(0); 8];
     // The lower part.
     match CODES {
@@ -307,7 +307,7 @@ unsafe fn four(codes: *const i8) -> i32 {
 
 /// Asks for the lines that lie `AHEAD` of these.
 #[inline(always)]
-unsafe fn prefetch<D: Dot>(from: *const u8, lines: usize) {
+pub(super) unsafe fn prefetch<D: Dot>(from: *const u8, lines: usize) {
     for line in 0..lines {
         D::prefetch(from.wrapping_add(AHEAD + line * WORD));
     }
@@ -315,7 +315,7 @@ unsafe fn prefetch<D: Dot>(from: *const u8, lines: usize) {
 
 /// Checks what the kernels rely on, and returns the number of groups.
 #[inline(always)]
-fn check(args: &TileArgs, j: usize, n: usize) -> usize {
+pub(super) fn check(args: &TileArgs, j: usize, n: usize) -> usize {
     let (form, rows) = (args.form, args.first + j + n);
     let groups = args.k / form.group as usize;
     let subs = args.k / form.scale.sub(form.group as usize);
@@ -333,7 +333,7 @@ fn check(args: &TileArgs, j: usize, n: usize) -> usize {
 
 /// d of a chunk's rows. `at` points to the scales behind the sub-scales.
 #[inline(always)]
-unsafe fn scale<D: Dot, const SCALE: u8>(args: &TileArgs, at: *const u8, chunk: usize) -> D::Float {
+pub(super) unsafe fn scale<D: Dot, const SCALE: u8>(args: &TileArgs, at: *const u8, chunk: usize) -> D::Float {
     match SCALE {
         TENSOR => D::splat_float(args.scale),
         E8M0 => {
@@ -497,7 +497,7 @@ unsafe fn store<D: Dot, const N: usize>(acc: &[[D::Float; CHUNKS]; N], j: usize,
 
 /// The s and the m of quad t, four bytes a row in the order of `pack::scales` (m without meaning where there is none).
 #[inline(always)]
-unsafe fn sub_scales<D: Dot, const SCALE: u8>(words: *const u8, t: usize) -> (D::Int, D::Int) {
+pub(super) unsafe fn sub_scales<D: Dot, const SCALE: u8>(words: *const u8, t: usize) -> (D::Int, D::Int) {
     match SCALE {
         SUB4_MIN => {
             let w = word::<D>(words, t);
@@ -559,6 +559,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
             let mut sums: Nested<D, N> = Nested {
                 words: group.add(rows),
                 units: units.add(rows),
+                is_first: chunk == 0,
                 a: args.codes.as_ptr().add((args.first + j) * args.k + g * size),
                 a_stride: args.k,
                 b: args.sub_sums.as_ptr().add(((args.first + j) * groups + g) * subs),
@@ -566,15 +567,12 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
                 total: [D::splat(0); N],
                 other: [D::splat(0); N],
             };
-            let lines = group_bytes.div_ceil(WORD);
             if chunk == 0 {
-                prefetch::<D>(group, lines / 2);
+                prefetch::<D>(group, words);
+                prefetch::<D>(scales, scale_bytes(SCALE).div_ceil(WORD));
             }
             quad::<D, CODES, SCALE, N, 0>(&mut sums);
             quad::<D, CODES, SCALE, N, 1>(&mut sums);
-            if chunk == 0 {
-                prefetch::<D>(group.add(lines / 2 * WORD), lines.div_ceil(2));
-            }
             if sub(SCALE) == 16 {
                 quad::<D, CODES, SCALE, N, 2>(&mut sums);
                 quad::<D, CODES, SCALE, N, 3>(&mut sums);
@@ -605,7 +603,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
 
 /// k of a sub.
 #[inline(always)]
-const fn sub(scale: u8) -> usize {
+pub(super) const fn sub(scale: u8) -> usize {
     if matches!(scale, SUB6_MIN | SUB6_OF_32) {
         32
     } else {
@@ -615,7 +613,7 @@ const fn sub(scale: u8) -> usize {
 
 /// What stored sub-scales are too large by.
 #[inline(always)]
-const fn bias(scale: u8) -> i32 {
+pub(super) const fn bias(scale: u8) -> i32 {
     match scale {
         SUB6 | SUB6_OF_32 => 32,
         SUB8 => 128,
@@ -627,6 +625,8 @@ const fn bias(scale: u8) -> i32 {
 struct Nested<D: Dot, const N: usize> {
     words: *const u8,
     units: *const u8,
+    /// Whether these are the first rows of the lines, which ask for those ahead.
+    is_first: bool,
     /// Codes and sub-sums of the first row of activations, and the steps to the next.
     a: *const i8,
     a_stride: usize,
@@ -653,6 +653,9 @@ unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T
         for unit in 0..sub(SCALE) / 16 {
             let index = (4 * T + 2 * pair) * sub(SCALE) / UNIT + unit;
             let at = sums.units.add(index * unit_bytes);
+            if sums.is_first {
+                prefetch::<D>(at, width(CODES));
+            }
             if narrow && sub(SCALE) == 16 {
                 let w = decode::<D, CODES>(at);
                 let mut scales = halves::<D>(s, pair);
@@ -728,7 +731,7 @@ unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T
 
 /// Bytes 0 and 2, or 1 and 3, of each lane as halves.
 #[inline(always)]
-unsafe fn halves<D: Dot>(v: D::Int, pair: usize) -> D::Int {
+pub(super) unsafe fn halves<D: Dot>(v: D::Int, pair: usize) -> D::Int {
     D::and(D::shr(v, 8 * pair as u32), D::splat(0x00ff_00ff))
 }
 
@@ -817,16 +820,19 @@ macro_rules! batched {
 }
 pub(crate) use batched;
 
-/// Defines `fn dot_variants(PackedForm) -> &'static [Variant]` of a `Dot` type: every form's kernels, compiled with the features.
+/// Defines `flat`, `nested` and `trits` of a `Dot` type, compiled with the features.
 macro_rules! dot_kernels {
-    ($set:ty, $features:literal, $trits:pat) => {
+    ($set:ty, $features:literal) => {
         type Set = $set;
 
         /// # Safety
         ///
         /// `TileKernel`'s, for a form of these codes and scales.
         #[target_feature(enable = $features)]
-        unsafe fn flat<const CODES: u8, const SCALE: u8, const UNITS: usize>(args: &TileArgs, out: &mut TileOut) {
+        pub(super) unsafe fn flat<const CODES: u8, const SCALE: u8, const UNITS: usize>(
+            args: &TileArgs,
+            out: &mut TileOut,
+        ) {
             $crate::arch::dot::batched!(args, out, flat, CODES, SCALE, UNITS);
         }
 
@@ -834,7 +840,7 @@ macro_rules! dot_kernels {
         ///
         /// See `flat`.
         #[target_feature(enable = $features)]
-        unsafe fn nested<const CODES: u8, const SCALE: u8>(args: &TileArgs, out: &mut TileOut) {
+        pub(super) unsafe fn nested<const CODES: u8, const SCALE: u8>(args: &TileArgs, out: &mut TileOut) {
             $crate::arch::dot::batched!(args, out, nested, CODES, SCALE);
         }
 
@@ -842,55 +848,60 @@ macro_rules! dot_kernels {
         ///
         /// See `flat`; the codes are this set's trits.
         #[target_feature(enable = $features)]
-        unsafe fn trits<const SIZE: usize>(args: &TileArgs, out: &mut TileOut) {
+        pub(super) unsafe fn trits<const SIZE: usize>(args: &TileArgs, out: &mut TileOut) {
             $crate::arch::dot::batched!(args, out, trits, SIZE);
         }
+    };
+}
+pub(crate) use dot_kernels;
 
-        /// The kernels for a form of fields or trits.
-        fn dot_variants(form: PackedForm) -> &'static [Variant] {
+/// Defines a function of this name: the kernels for a form of fields or of these trits, `dot_kernels`' behind others.
+macro_rules! dot_table {
+    ($name:ident, $trits:pat $(, $first:expr)*) => {
+        fn $name(form: PackedForm) -> &'static [Variant] {
             use $crate::arch::dot::{E8M0, F16, F16_MIN, F16_ZERO4, F16_ZERO8, TENSOR};
             use $crate::arch::dot::{IQ1, IQ2, IQ3_S, IQ3_XXS, IQ4_NL, MXFP4};
             use $crate::arch::dot::{SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8};
             use $crate::pack::{Codes, ScaleKind as S, Values};
-            const fn dot(tile: TileKernel) -> Variant {
+            const fn dot(tile: $crate::matmul::TileKernel) -> Variant {
                 Variant { name: "dot", tile, widths: &[8, 4, 2, 1], tables: false }
             }
             match (form.codes, form.values, form.scale, form.group) {
-                (Codes::Fields(1), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<1, F16_MIN, 0>)] },
-                (Codes::Fields(2), Values::Offset(_), S::F16, _) => const { &[dot(flat::<2, F16, 0>)] },
-                (Codes::Fields(2), Values::Offset(_), S::Tensor, _) => const { &[dot(flat::<2, TENSOR, 0>)] },
-                (Codes::Fields(2), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<2, F16_MIN, 0>)] },
-                (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[dot(nested::<2, SUB4_MIN>)] },
-                (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<3, F16_MIN, 0>)] },
-                (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[dot(nested::<3, SUB6>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<4, F16, 1>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[dot(flat::<4, F16, 0>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[dot(flat::<4, F16_MIN, 1>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[dot(flat::<4, F16_MIN, 0>)] },
-                (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<4, SUB6_MIN>)] },
-                (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[dot(nested::<IQ1, SUB6_OF_32>)] },
-                (Codes::Fields(3), Values::Iq1, S::Sub6, 256) => const { &[dot(nested::<IQ1, SUB6>)] },
-                (Codes::Fields(3), Values::Iq2, S::Sub6Of32, 256) => const { &[dot(nested::<IQ2, SUB6_OF_32>)] },
-                (Codes::Fields(3), Values::Iq2, S::Sub6, 256) => const { &[dot(nested::<IQ2, SUB6>)] },
-                (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[dot(nested::<IQ3_XXS, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[dot(nested::<IQ3_S, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[dot(nested::<IQ4_NL, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[dot(flat::<IQ4_NL, F16, 1>)] },
-                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[dot(flat::<MXFP4, E8M0, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<5, F16, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[dot(flat::<5, F16_MIN, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[dot(nested::<5, SUB6_MIN>)] },
-                (Codes::Fields(2), Values::Offset(_), S::F16Zero4, _) => const { &[dot(flat::<2, F16_ZERO4, 0>)] },
-                (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[dot(flat::<3, F16_ZERO4, 0>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16Zero4, _) => const { &[dot(flat::<4, F16_ZERO4, 0>)] },
-                (Codes::Fields(8), Values::Offset(_), S::F16Zero8, _) => const { &[dot(flat::<8, F16_ZERO8, 0>)] },
-                (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[dot(nested::<6, SUB8>)] },
-                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[dot(flat::<8, F16, 1>)] },
-                ($trits, Values::Offset(_), S::F16, 256) => const { &[dot(trits::<256>)] },
-                ($trits, Values::Offset(_), S::F16, _) => const { &[dot(trits::<0>)] },
+                (Codes::Fields(1), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<1, F16_MIN, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(flat::<2, F16, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::Tensor, _) => const { &[$($first,)* dot(flat::<2, TENSOR, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<2, F16_MIN, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[$($first,)* dot(nested::<2, SUB4_MIN>)] },
+                (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<3, F16_MIN, 0>)] },
+                (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[$($first,)* dot(nested::<3, SUB6>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<4, F16, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(flat::<4, F16, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* dot(flat::<4, F16_MIN, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<4, F16_MIN, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<4, SUB6_MIN>)] },
+                (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ1, SUB6_OF_32>)] },
+                (Codes::Fields(3), Values::Iq1, S::Sub6, 256) => const { &[$($first,)* dot(nested::<IQ1, SUB6>)] },
+                (Codes::Fields(3), Values::Iq2, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ2, SUB6_OF_32>)] },
+                (Codes::Fields(3), Values::Iq2, S::Sub6, 256) => const { &[$($first,)* dot(nested::<IQ2, SUB6>)] },
+                (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_XXS, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_S, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ4_NL, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[$($first,)* dot(flat::<IQ4_NL, F16, 1>)] },
+                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[$($first,)* dot(flat::<MXFP4, E8M0, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<5, F16, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* dot(flat::<5, F16_MIN, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<5, SUB6_MIN>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<2, F16_ZERO4, 0>)] },
+                (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<3, F16_ZERO4, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<4, F16_ZERO4, 0>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F16Zero8, _) => const { &[$($first,)* dot(flat::<8, F16_ZERO8, 0>)] },
+                (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[$($first,)* dot(nested::<6, SUB8>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<8, F16, 1>)] },
+                ($trits, Values::Offset(_), S::F16, 256) => const { &[$($first,)* dot(trits::<256>)] },
+                ($trits, Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(trits::<0>)] },
                 _ => &[],
             }
         }
     };
 }
-pub(crate) use dot_kernels;
+pub(crate) use dot_table;

@@ -2,6 +2,7 @@
 
 use super::race::Setting;
 use super::*;
+use crate::dispatch::Variant;
 use crate::{available, matmul, matmul_by, pack_as, select, Activations, Result};
 use std::cell::RefCell;
 use std::fs;
@@ -77,16 +78,21 @@ fn same(choice: &Choice, other: &Choice) -> bool {
 #[test]
 fn the_rule_stays_unless_something_is_better_by_three_per_cent() {
     assert!(same(&chosen(alike), &usual()));
-    let wide = available()[available().len() - 1].variants(usual().form)[0].widths;
-    let Some(&narrow) = wide.get(1) else { return }; // portable alone: nothing to choose from
+    // A width below the batch, and whose it is.
+    let variants = available()[available().len() - 1].variants(usual().form);
+    let narrow = |of: &Variant| of.widths.iter().copied().find(|&width| width < 8);
+    let found = variants.iter().enumerate().find_map(|(i, of)| narrow(of).map(|width| (i, width)));
+    let Some((variant, width)) = found else { return }; // portable alone: nothing to choose from
     for (factor, wins) in [(0.98, false), (0.96, true), (1.1, false)] {
         let choice = chosen(|shape, setting| {
-            let own = setting.form == usual().form && setting.n == 8 && setting.plan.width == narrow;
+            let own = setting.form == usual().form
+                && setting.n == 8
+                && (setting.plan.variant, setting.plan.width) == (variant, width);
             alike(shape, setting) * if own { factor } else { 1.0 }
         });
         let mut expected = usual();
         if wins {
-            expected.plans[2].width = narrow;
+            expected.plans[2] = Plan { variant, width, ..expected.plans[2] };
         }
         assert!(same(&choice, &expected), "{factor}: {choice:?}");
     }
@@ -166,7 +172,7 @@ fn plans_are_those_of_the_matrix_and_batch() {
     tuner.form(TY, 1 << 16, COLS);
     let (plans, report) = tuner.finish();
     assert_eq!(report.choices.len(), 3);
-    let width = if ks.variants(form)[0].widths.contains(&2) { 2 } else { 8 };
+    let width = if ks.variants(form).iter().any(|of| of.widths.contains(&2)) { 2 } else { 8 };
     for (rows, cols, n, expected) in
         [(ROWS, COLS, 1, 8), (ROWS, COLS, 2, width), (ROWS, COLS, 4, width), (ROWS, COLS, 5, 8), (ROWS, COLS, 500, 8)]
     {

@@ -3,7 +3,7 @@
 //! Its intrinsics are not stable yet: `neon::Rows` has the instructions as assembler. All else is NEON's.
 
 use super::neon::{self, Lanes};
-use crate::arch::dot::dot_kernels;
+use crate::arch::dot::{dot_kernels, dot_table};
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
@@ -36,4 +36,5 @@ fn variants(form: PackedForm) -> &'static [Variant] {
     }
 }
 
-dot_kernels!(neon::Rows<true>, "neon,dotprod", Codes::Trits);
+dot_kernels!(neon::Rows<true>, "neon,dotprod");
+dot_table!(dot_variants, Codes::Trits);

@@ -5,7 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // planes, halves and quarters are places in several arrays at once
 
-use crate::arch::dot::{dot_kernels, Dot};
+use crate::arch::dot::{dot_kernels, dot_table, Dot};
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
@@ -48,7 +48,8 @@ pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
     }
 }
 
-dot_kernels!(Rows<false>, "neon", Codes::Trits);
+dot_kernels!(Rows<false>, "neon");
+dot_table!(dot_variants, Codes::Trits);
 
 // ---------------------------------------------------------------------------------------------------- float lanes
 

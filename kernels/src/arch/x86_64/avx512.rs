@@ -4,10 +4,10 @@
 //! is what a token waits for.
 
 use super::avx2::{self, Lanes};
-use crate::arch::dot::{dot_kernels, Dot};
+use crate::arch::dot::{dot_kernels, dot_table, Dot};
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
-use crate::matmul::{TileArgs, TileKernel, TileOut};
+use crate::matmul::{TileArgs, TileOut};
 use crate::ops::attention::{attend, Task, Work};
 use crate::ops::{float_ops, FloatOps};
 use crate::pack::{trits, Codes, PackedForm, SourceType};
@@ -24,7 +24,9 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
     usable.then_some(&KERNELS)
 }
 
-static KERNELS: Kernels = Kernels {
+static KERNELS: Kernels = SET;
+
+pub(super) const SET: Kernels = Kernels {
     isa: Isa::Avx512,
     variants,
     preferred,
@@ -44,14 +46,15 @@ fn preferred(ty: SourceType) -> PackedForm {
     }
 }
 
-fn variants(form: PackedForm) -> &'static [Variant] {
+pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
     match form.codes {
         Codes::Float(_) | Codes::Planes(_) => avx2::variants(form),
         _ => dot_variants(form),
     }
 }
 
-dot_kernels!(Rows, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c", Codes::IndexedTrits);
+dot_kernels!(Rows, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c");
+dot_table!(dot_variants, Codes::IndexedTrits);
 
 /// # Safety
 ///
@@ -154,7 +157,7 @@ impl Vector for Wide {
 }
 
 /// Sixteen rows.
-struct Rows;
+pub(super) struct Rows;
 
 // SAFETY (of every method): the trait's.
 impl Dot for Rows {
@@ -302,7 +305,7 @@ impl Dot for Rows {
     }
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(from.cast());
+        _mm_prefetch::<_MM_HINT_T1>(from.cast());
     }
     #[inline(always)]
     unsafe fn store(a: __m512, to: *mut f32) {
