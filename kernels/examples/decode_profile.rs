@@ -95,11 +95,11 @@ impl<W: Write> Tensors<W> {
         let bytes: Vec<u8> = (0..ty.tensor_bytes(rows, cols).expect("whole blocks"))
             .map(|i| ((i as u32).wrapping_mul(0x9e37_79b1) >> 16) as u8 % 61)
             .collect();
-        self.put(id, &[cols, rows], &bytes)
+        json!({"weight": self.put(id, &[cols, rows], &bytes)})
     }
     /// Small weights of a norm keep everything finite.
     fn norm(&mut self, cols: usize) -> Value {
-        self.put(F32, &[cols], &0.001f32.to_le_bytes().repeat(cols))
+        json!({"weight": self.put(F32, &[cols], &0.001f32.to_le_bytes().repeat(cols))})
     }
     fn put(&mut self, id: u32, shape: &[usize], bytes: &[u8]) -> Value {
         self.file.write_all(bytes).expect("room for the model file");
@@ -118,8 +118,8 @@ fn describe(o: &Options, path: &std::path::Path) -> Value {
     let mut t = Tensors { file, offset: 0 };
     let layer = json!({
         "attnNorm": t.norm(d), "q": t.matrix(&o.ty, d, d), "k": t.matrix(&o.ty, d, kv_heads * dim),
-        "v": t.matrix(&o.ty, d, kv_heads * dim), "o": t.matrix(&o.ty, d, d), "ffnNorm": t.norm(d),
-        "gate": t.matrix(&o.ty, d, ff), "up": t.matrix(&o.ty, d, ff), "down": t.matrix(&o.ty, ff, d),
+        "v": t.matrix(&o.ty, d, kv_heads * dim), "rope": 0, "o": t.matrix(&o.ty, d, d), "ffnNorm": t.norm(d),
+        "mlp": {"gate": t.matrix(&o.ty, d, ff), "up": t.matrix(&o.ty, d, ff), "down": t.matrix(&o.ty, ff, d)},
     });
     let head = o.head.as_ref().unwrap_or(&o.ty);
     let (embedding, output) = (t.matrix(head, d, vocab), t.matrix(head, d, vocab));
@@ -128,10 +128,10 @@ fn describe(o: &Options, path: &std::path::Path) -> Value {
         "kv": {"type": o.kv, "tokens": o.batch * o.context.next_multiple_of(32)},
         "hyper": {
             "layers": layers, "embedding": d, "heads": heads, "kvHeads": kv_heads, "headDim": dim, "feedForward": ff,
-            "vocab": vocab, "context": o.context, "rmsEps": 1e-5,
-            "rope": {"base": 10000.0, "dims": dim, "style": "norm"},
+            "vocab": vocab, "context": o.context, "norm": {"kind": "rms", "eps": 1e-5}, "activation": "silu",
+            "ropes": [{"base": 10000.0, "dims": dim, "style": "norm"}],
         },
-        "first": 0, "end": layers, "embedding": embedding, "head": {"norm": t.norm(d), "output": output},
+        "first": 0, "end": layers, "embedding": embedding["weight"], "head": {"norm": t.norm(d), "output": output},
         "layers": vec![layer; layers],
     });
     t.file.flush().expect("room for the model file");
