@@ -346,4 +346,77 @@ mod tests {
         let sixteens = (0..32).map(|k| k / 16).collect();
         assert!(with(4, 32, sixteens, 64).unwrap_err().contains("16 columns; only multiples of 32"));
     }
+
+    /// The arrays of a NumPy archive, by name: what follows their headers.
+    fn arrays(archive: &[u8]) -> Vec<(String, Vec<u8>)> {
+        let number = |at: usize, bytes: usize| {
+            archive[at..at + bytes].iter().rev().fold(0usize, |value, &byte| value << 8 | byte as usize)
+        };
+        let mut out = vec![];
+        let mut at = archive.windows(4).position(|four| four == b"PK\x01\x02").expect("a directory");
+        while archive[at..].starts_with(b"PK\x01\x02") {
+            let (method, size, local) = (number(at + 10, 2), number(at + 20, 4), number(at + 42, 4));
+            let name = String::from_utf8_lossy(&archive[at + 46..][..number(at + 28, 2)]).into_owned();
+            let data = &archive[local + 30 + number(local + 26, 2) + number(local + 28, 2)..][..size];
+            let array = match method {
+                0 => data.to_vec(),
+                _ => miniz_oxide::inflate::decompress_to_vec(data).expect("deflated data"),
+            };
+            let header = 10 + usize::from(u16::from_le_bytes([array[8], array[9]]));
+            out.push((name.trim_end_matches(".npy").to_owned(), array[header..].to_vec()));
+            at += 46 + number(at + 28, 2) + number(at + 30, 2) + number(at + 32, 2);
+        }
+        out
+    }
+
+    /// AutoGPTQ's vectors: 256 × 256 codes of 4 bits in groups of 128, stored zero points one too small, and what its CUDA kernels gave.
+    #[test]
+    fn autogptqs_vectors_are_met() {
+        use crate::{matmul, ops::f16_to_f32, select, Activations, Precision};
+        let data = std::env::var_os("LUTRA_DATA").map(std::path::PathBuf::from);
+        let data = data.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/data").into());
+        if !data.exists() {
+            assert!(
+                std::env::var("CI").as_deref() != Ok("true"),
+                "CI needs the shared test data: set LUTRA_DATA to its folder"
+            );
+            println!("skipped: no shared test data in {}", data.display());
+            return;
+        }
+        const SIZE: usize = 256;
+        let pool = Pool::new(1);
+        for name in ["HALF", "NO_HALF"] {
+            let path = data.join(format!("quant/autogptq_REFERENCE_OLD_{name}_k256.npz"));
+            let arrays = arrays(&std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())));
+            let array =
+                |name: &str| &arrays.iter().find(|(own, _)| own == name).expect("an array of the archive").1[..];
+            let halves = |name: &str| -> Vec<u16> {
+                array(name).chunks_exact(2).map(|two| u16::from_le_bytes([two[0], two[1]])).collect()
+            };
+            let grouped = Grouped {
+                format: Format::Gptq { bits: 4, zero: 1 },
+                rows: SIZE,
+                cols: SIZE,
+                codes: array("qweight"),
+                zeros: array("qzeros"),
+                scales: halves("scales"),
+                groups: (0..SIZE as u32).map(|k| k / 128).collect(),
+            };
+            let arrangement = grouped.arrangement().unwrap();
+            assert_eq!(arrangement.order, None);
+            let rows: Vec<usize> = (0..SIZE).collect();
+            let blocks = grouped.blocks(&arrangement, &rows, &pool).unwrap();
+            let w = pack(arrangement.ty, &blocks, SIZE, SIZE, &pool).unwrap();
+            let x: Vec<f32> = halves("x").into_iter().map(f16_to_f32).collect();
+            let ks = select(None).unwrap();
+            let mut act = Activations::with_precision(Precision::A16);
+            act.prepare(ks, &x, 1, SIZE, &[w.form], &pool);
+            let mut y = vec![0f32; SIZE];
+            matmul(ks, &w, &act, &mut y, SIZE, &pool);
+            let expected = array("y_ref_cuda").chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap()));
+            let worst = y.iter().zip(expected).map(|(&y, expected)| (y as f64 - expected).abs()).fold(0.0, f64::max);
+            assert!(worst < 0.004, "{name}: {worst}");
+            println!("{name}: {worst}");
+        }
+    }
 }
