@@ -71,7 +71,9 @@ fn usual() -> Choice {
 
 /// The same but for how the widest is written.
 fn same(choice: &Choice, other: &Choice) -> bool {
-    let plain = |choice: &Choice| choice.plans.map(|plan| Plan { width: plan.width.min(crate::matmul::BATCH), ..plan });
+    let ks = available()[available().len() - 1];
+    let widest = |choice: &Choice, plan: Plan| ks.variants(choice.form)[plan.variant].widths[0];
+    let plain = |choice: &Choice| choice.plans.map(|plan| Plan { width: plan.width.min(widest(choice, plan)), ..plan });
     choice.form == other.form && choice.inline_rows == other.inline_rows && plain(choice) == plain(other)
 }
 

@@ -8,7 +8,7 @@
 use crate::arch::dot::{dot_kernels, dot_table, Dot};
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
-use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
+use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
 use crate::quantize::{group_scale, Table};
@@ -37,7 +37,7 @@ pub(super) fn with_planes_up_to(bits: u8, ty: SourceType) -> PackedForm {
 
 pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
     const fn float(tile: TileKernel) -> Variant {
-        Variant { name: "float", tile, widths: &[BATCH], tables: false }
+        Variant { name: "float", tile, widths: &[8], tables: false }
     }
     match form.codes {
         Codes::Float(FloatKind::F32) => const { &[float(float_f32)] },
@@ -256,7 +256,7 @@ pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
 /// The lookup kernel for a form of bit planes, if there is one.
 fn bits_variants(form: PackedForm) -> &'static [Variant] {
     const fn lookup(tile: TileKernel) -> Variant {
-        Variant { name: "lookup", tile, widths: &[BATCH], tables: true }
+        Variant { name: "lookup", tile, widths: &[8], tables: true }
     }
     let (Codes::Planes(n), Values::Offset(offset)) = (form.codes, form.values) else { return &[] };
     if !matches!(form.scale, ScaleKind::F16 | ScaleKind::F16Min) || form.group % 32 != 0 || form.group > 256 {
