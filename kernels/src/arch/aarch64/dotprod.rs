@@ -5,7 +5,7 @@
 use super::neon::{self, Lanes};
 use crate::arch::dot::{dot_kernels, dot_table};
 use crate::dispatch::{Isa, Kernels, Variant};
-use crate::matmul::{TileArgs, TileKernel, TileOut};
+use crate::matmul::{TileArgs, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, PackedForm, SourceType};
 
