@@ -1,8 +1,7 @@
 /** The deployment with workers that send heartbeats: what they alone can tell. */
 import assert from "node:assert/strict";
 import { InProcessBus } from "../bus/mod.ts";
-import type { PublishOptions } from "../bus/mod.ts";
-import { continuation, fakeModel, read, settled } from "../tests/fakes/cluster.ts";
+import { continuation, fakeModel, LossyBus, read, settled } from "../tests/fakes/cluster.ts";
 import { FakeKernels } from "../tests/fakes/kernels.ts";
 import { Worker } from "../worker/worker.ts";
 import type { WorkerOptions } from "../worker/worker.ts";
@@ -24,13 +23,6 @@ const startWorker = (bus: InProcessBus, id: string, options: Partial<WorkerOptio
   });
 
 Deno.test("Deployment: a message that is lost is noticed by workers that do nothing, long before the step's limit", async () => {
-  class LossyBus extends InProcessBus {
-    lose = 0;
-    override publish(subject: string, data: Uint8Array, options?: PublishOptions): void {
-      if (/stage|results/.test(subject) && this.lose > 0 && --this.lose === 0) return;
-      super.publish(subject, data, options);
-    }
-  }
   const bus = new LossyBus();
   const workers = [await startWorker(bus, "a"), await startWorker(bus, "b")];
   const told: string[] = [];

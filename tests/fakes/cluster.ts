@@ -5,6 +5,7 @@
  */
 import assert from "node:assert/strict";
 import { InProcessBus } from "../../bus/mod.ts";
+import type { PublishOptions } from "../../bus/mod.ts";
 import type { LoadedModel, Tokenizer } from "../../model/mod.ts";
 import { fakeContinuation, FakeKernels, fakeShard } from "./kernels.ts";
 import type { FakeKernelsOptions } from "./kernels.ts";
@@ -12,6 +13,15 @@ import { Worker } from "../../worker/worker.ts";
 import { Engine } from "../../orchestrator/engine.ts";
 import type { EngineOptions } from "../../orchestrator/engine.ts";
 import type { GenerateEvent } from "../../orchestrator/request.ts";
+
+/** A bus that loses one message between stages or of results: the `lose`th from now on. */
+export class LossyBus extends InProcessBus {
+  lose = 0;
+  override publish(subject: string, data: Uint8Array, options?: PublishOptions): void {
+    if (/stage|results/.test(subject) && this.lose > 0 && --this.lose === 0) return;
+    super.publish(subject, data, options);
+  }
+}
 
 /** Ids of the fake vocabulary; 0 ends a sequence. */
 export const VOCAB = 97;

@@ -542,7 +542,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     let (subs, words) = (size / sub(SCALE), sub_words(SCALE));
     let group_bytes = (words + 8 * width(CODES)) * WORD + scale_bytes(SCALE);
     assert!(group_bytes == args.form.group_tile_bytes());
-    let has_min = matches!(SCALE, SUB4_MIN | SUB6_MIN);
+    let has_min = has_sub_minima(SCALE);
     assert!(!(is_signed(CODES) && has_min));
     let offset = match args.form.values {
         Values::Offset(offset) => offset as i32,
@@ -611,6 +611,12 @@ pub(super) const fn sub(scale: u8) -> usize {
     }
 }
 
+/// Whether subs have minima.
+#[inline(always)]
+pub(super) const fn has_sub_minima(scale: u8) -> bool {
+    matches!(scale, SUB4_MIN | SUB6_MIN)
+}
+
 /// What stored sub-scales are too large by.
 #[inline(always)]
 pub(super) const fn bias(scale: u8) -> i32 {
@@ -646,7 +652,7 @@ struct Nested<D: Dot, const N: usize> {
 unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T: usize>(sums: &mut Nested<D, N>) {
     let (s, m) = sub_scales::<D, SCALE>(sums.words, T);
     let unit_bytes = width(CODES) * WORD;
-    let has_min = matches!(SCALE, SUB4_MIN | SUB6_MIN);
+    let has_min = has_sub_minima(SCALE);
     let narrow = D::PAIRS && width(CODES) <= 4 && !is_signed(CODES);
     for pair in 0..2 {
         // Subs 4·T + 2·pair and the next.

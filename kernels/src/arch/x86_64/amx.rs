@@ -167,7 +167,7 @@ unsafe fn decode_flat<const CODES: u8, const SCALE: u8>(
 unsafe fn decode_scales<const SCALE: u8>(args: &TileArgs, scales: *const u8, g: usize, operand: *mut Operand) {
     dot::prefetch::<Rows>(scales, 1);
     (*operand).scales[g] = dot::scale::<Rows, SCALE>(args, scales, 0);
-    if matches!(SCALE, dot::F16_MIN | dot::SUB4_MIN | dot::SUB6_MIN) {
+    if SCALE == dot::F16_MIN || dot::has_sub_minima(SCALE) {
         (*operand).minima[g] = Rows::load_half(scales.add(2 * FIELD_TILE));
     }
 }
@@ -203,12 +203,11 @@ unsafe fn decode_nested<const CODES: u8, const SCALE: u8>(
     operand: *mut Operand,
 ) {
     let (sub, words) = (dot::sub(SCALE), dot::sub_words(SCALE));
-    let has_min = matches!(SCALE, dot::SUB4_MIN | dot::SUB6_MIN);
     let offset = offset(args.form);
     dot::prefetch::<Rows>(group, words);
     for quad in 0..CHUNK / sub / 4 {
         let (s, m) = dot::sub_scales::<Rows, SCALE>(group, quad);
-        if has_min {
+        if dot::has_sub_minima(SCALE) {
             (*operand).sub_minima[2 * quad] = dot::halves::<Rows>(m, 0);
             (*operand).sub_minima[2 * quad + 1] = dot::halves::<Rows>(m, 1);
         }
