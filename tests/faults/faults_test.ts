@@ -65,9 +65,12 @@ function lutra(permissions: string, ...args: string[]) {
   };
 }
 
-/** The live table, on a terminal that `script` makes: it is drawn again and again, and ends with Ctrl-C's signal. */
+/**
+ * The live table, on a terminal that `script` makes: it is drawn again and again, and ends with Ctrl-C's signal.
+ * Without `exec` a shell may stay between, take the signal too, and end with its own code.
+ */
 async function table(url: string): Promise<void> {
-  const command = `"${Deno.execPath()}" run -q -P=worker "${repoPath("mod.ts")}" status --nats ${url} --every 0.2`;
+  const command = `exec "${Deno.execPath()}" run -q -P=worker "${repoPath("mod.ts")}" status --nats ${url} --every 0.2`;
   const child = new Deno.Command("script", {
     ...{ args: ["-qfec", command, "/dev/null"], cwd: repoPath(), stdin: "piped", stdout: "piped", stderr: "null" },
   }).spawn();
