@@ -40,9 +40,21 @@ interface Member {
   hello: Hello;
   /** When it was heard of last, in milliseconds. */
   seen: number;
-  /** The session before the present one. */
-  former: string;
 }
+
+/** Which processes have borne a name: who is lost may still be heard of late. */
+interface Bearers {
+  /** The newest session. */
+  session: string;
+  /** The processes before its own, the newest last. */
+  former: string[];
+  /** Since when, and when last, one of them was heard of beside it; 0: never. */
+  rivalSince: number;
+  rivalSeen: number;
+}
+
+/** So many of them are remembered. */
+const MOST_FORMER = 8;
 
 /**
  * Who is there: what the workers announced, as far as their versions fit. A worker is lost when it is silent for long, but not for
@@ -54,6 +66,7 @@ export class Membership {
   readonly #subscriptions: Subscription[];
   readonly #options: MembershipOptions;
   readonly #workers = new Map<string, Member>();
+  readonly #bearers = new Map<string, Bearers>();
   /** Workers of other versions, and why they are refused. */
   readonly #refused = new Map<string, string>();
   readonly #timer: ReturnType<typeof setInterval> | undefined;
@@ -209,6 +222,7 @@ export class Membership {
     }
     const { session } = hello;
     this.#newestEpoch = Math.max(this.#newestEpoch, hello.epoch);
+    if (!this.#isNewest(id, session)) return;
     if (hello.state === "leaving") {
       this.#refused.delete(id);
       return this.#remove(id, `worker ${id} left`);
@@ -216,26 +230,47 @@ export class Membership {
     const known = this.#workers.get(id);
     if (known === undefined) {
       this.#refused.delete(id);
-      this.#workers.set(id, { hello, seen: performance.now(), former: "" });
+      this.#workers.set(id, { hello, seen: performance.now() });
     } else {
       const { hello: before } = known;
-      // A connection that was given up may deliver after the one that followed it what it held.
-      if (isLater(before.session, session)) return;
-      if (session !== before.session && session === known.former) {
-        return this.#refuse(id, `two workers call themselves ${id}: give one another name with --id`);
-      }
       known.hello = hello;
       known.seen = performance.now();
-      if (session !== before.session) {
-        known.former = before.session;
-        this.#options.onLeave?.(id, `worker ${id} began anew`);
-      } else if (hello.state === before.state) {
+      if (session !== before.session) this.#options.onLeave?.(id, `worker ${id} began anew`);
+      else if (hello.state === before.state) {
         this.#options.onHello?.(hello);
         return;
       }
     }
     this.#options.onHello?.(hello);
     this.#wake();
+  }
+
+  /**
+   * Whether a session is the newest of its name. What an earlier process or connection has left in sockets may come after it, at
+   * once or when a link is up again; but who announces itself for as long as silence would take to be noticed lives beside the
+   * newest one, and both are refused.
+   */
+  #isNewest(id: string, session: string): boolean {
+    const known = this.#bearers.get(id);
+    if (known === undefined) {
+      this.#bearers.set(id, { session, former: [], rivalSince: 0, rivalSeen: 0 });
+      return true;
+    }
+    if (isLater(known.session, session)) return false;
+    const [before, process] = [known.session, session].map(processOf);
+    if (!known.former.includes(process!)) {
+      known.session = session;
+      if (process !== before) known.former = [...known.former, before!].slice(-MOST_FORMER);
+      return true;
+    }
+    const now = performance.now();
+    const { lostMs = 0 } = this.#options;
+    if (now - known.rivalSeen > lostMs) known.rivalSince = now;
+    known.rivalSeen = now;
+    if (now - known.rivalSince >= lostMs) {
+      this.#refuse(id, `two workers call themselves ${id}: give one another name with --id`);
+    }
+    return false;
   }
 
   #refuse(id: string, reason: string): void {
@@ -252,9 +287,18 @@ export class Membership {
   }
 }
 
+/** A session's process, and how often that had connected anew. */
+function partsOf(session: string): [process: string, connection: number] {
+  const at = session.lastIndexOf("-");
+  return [session.slice(0, at), Number(session.slice(at + 1))];
+}
+
+function processOf(session: string): string {
+  return partsOf(session)[0];
+}
+
 /** Whether a session is of the same process as another one, after a later reconnection. */
 function isLater(session: string, other: string): boolean {
-  const [at, otherAt] = [session, other].map((text) => text.lastIndexOf("-"));
-  return session.slice(0, at) === other.slice(0, otherAt) &&
-    Number(session.slice(at! + 1)) > Number(other.slice(otherAt! + 1));
+  const [[process, connection], [otherProcess, otherConnection]] = [partsOf(session), partsOf(other)];
+  return process === otherProcess && connection > otherConnection;
 }

@@ -161,6 +161,7 @@ Deno.test("Membership: a new session means that what was held is gone; two of on
   assert.deepEqual(left.splice(1), ["a: worker a began anew"]);
   assert.deepEqual(membership.workers.map(({ session, state }) => [session, state]), [["two-10", "ready"]]);
   assert.equal(membership.newestEpoch, 4, "what it saw before counts still");
+  // Without heartbeats nothing comes late.
   bus.publish(subject, hello("a", { session: "two-11" }));
   bus.publish(subject, hello("a", { session: "three-0" }));
   bus.publish(subject, hello("a", { session: "two-11" }));
@@ -169,6 +170,34 @@ Deno.test("Membership: a new session means that what was held is gone; two of on
   assert.deepEqual(membership.workers, []);
   assert.deepEqual(told, ["two workers call themselves a: give one another name with --id"]);
   control.unsubscribe();
+  membership.close();
+  await bus.close();
+});
+
+Deno.test("Membership: what a killed process has left in sockets does not drive out the one that follows it, but one that lives beside it does", async () => {
+  const bus = new InProcessBus();
+  const told: string[] = [];
+  const membership = new Membership(bus, "local", { lostMs: 200, onRefuse: (_, reason) => told.push(reason) });
+  const sessions = () => membership.workers.map(({ session }) => session);
+  const say = async (...sessions: string[]) => {
+    for (const session of sessions) bus.publish(subject, hello("a", { session }));
+    await bus.flush();
+  };
+  await say("one-0");
+  while (membership.workers.length > 0) await pause(5); // its link is down
+  // Killed and started again, it is heard of before and among what was on its way, and once more after another restart.
+  await say("two-0", "one-0", "one-0", "two-0", "one-1");
+  bus.publish(subject, hello("a", { session: "one-1", state: "leaving" }));
+  await say("three-0", "two-0", "one-0");
+  assert.deepEqual(sessions(), ["three-0"]);
+  for (let i = 0; i < 15; i++, await pause(20)) await say("three-0");
+  await say("two-0", "three-0");
+  assert.deepEqual([sessions(), told], [["three-0"], []], "long after is late as well");
+  for (const until = performance.now() + 2000; told.length === 0; await pause(20)) {
+    assert(performance.now() < until, "two of one name go unnoticed");
+    await say("three-0", "two-0");
+  }
+  assert.match(told[0]!, /two workers call themselves a/);
   membership.close();
   await bus.close();
 });

@@ -145,6 +145,17 @@ export const FAULTS: Readonly<Record<string, Fault>> = {
     mend: (c) => c.devices.find((device) => device.id === broken[0])!.link!.set("up"),
     needs: "namespaces",
   },
+  "link down, killed and started again": {
+    act: async (c) => {
+      const device = c.holder(1);
+      await device.link!.set("down");
+      await new Promise((resolve) => setTimeout(resolve, 2500)); // its heartbeats wait in its socket
+      await restart(c, device.id);
+      await new Promise((resolve) => setTimeout(resolve, 1500)); // and outlive it
+      await device.link!.set("up");
+    },
+    needs: "namespaces",
+  },
   "a quarter of the CPU": {
     act: async (c) => {
       for (const stage of [0, 1]) await c.holder(stage).limit(stage === 0 ? 0.25 : undefined);
@@ -189,6 +200,7 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
   }
   const devices = 4;
   await using cluster = await FaultCluster.start(devices);
+  await gathered(cluster, devices);
   for (const [name, fault] of Object.entries(FAULTS)) {
     if (only !== undefined && !only.includes(name)) continue;
     const [device] = cluster.devices;
@@ -200,7 +212,6 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
     const row: FaultRow = { fault: name, runs, lost: 0, repeated: 0, changed: 0, detect_ms: null, recover_ms: null };
     const prefill = fault.prefill === true;
     for (let run = 0; run < runs; run++) {
-      await gathered(cluster, devices);
       cluster.events.length = 0;
       let struck: Promise<void> | undefined;
       let at = 0;
@@ -237,6 +248,7 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
       if (noticed !== undefined) row.detect_ms = Math.max(row.detect_ms ?? 0, Math.round(noticed.at - at));
       if (went !== undefined) row.recover_ms = Math.max(row.recover_ms ?? 0, Math.round(went.at - at));
       await fault.mend?.(cluster);
+      await gathered(cluster, devices);
     }
     yield row;
   }
