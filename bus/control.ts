@@ -17,6 +17,7 @@
  *
  * @module
  */
+import { gunzipSync, gzipSync } from "node:zlib";
 import { z } from "zod";
 import { WireError } from "./errors.ts";
 import { shardSchema } from "./shard.ts";
@@ -28,6 +29,7 @@ const fileBytes = z.number().int().positive();
 /** One token of a subject. */
 const name = z.string().regex(/^[A-Za-z0-9_-]{1,64}$/, "use up to 64 letters, digits, _ and -");
 const subject = z.string().max(256);
+const hash = z.string().regex(/^[0-9a-f]{64}$/, "use 64 hexadecimal digits");
 const version = z.string().max(64);
 
 /** The subjects of a cluster. Throws {@linkcode WireError} when `cluster` is no name. */
@@ -87,6 +89,19 @@ export const loadingSchema = z.strictObject({
 /** How far a worker is with its stages. */
 export type Loading = z.infer<typeof loadingSchema>;
 
+/** Longer than any device takes for a layer or a head, in milliseconds: what exceeds it was not measured. */
+const MOST_MS = 60_000;
+/** How fast a device is, by a short run of its kernels on a layer and a head of a model's shapes. */
+export const speedSchema = z.strictObject({
+  /** Which probe: see `probeOf` in `orchestrator/served_model.ts`. */
+  probe: hash,
+  /** Milliseconds for a token in the layer, and in the head with sampling. */
+  msPerLayer: z.number().positive().max(MOST_MS),
+  msHead: z.number().nonnegative().max(MOST_MS),
+});
+/** How fast a device is. */
+export type Speed = z.infer<typeof speedSchema>;
+
 /**
  * A worker tells that it is there, or leaves. Sent at start, on discovery, at every change, and as its heartbeat.
  */
@@ -112,8 +127,8 @@ export const helloSchema = z.strictObject({
     memoryBytes: size,
     /** Measured memory read bandwidth in GB/s; `null` when not measured. */
     bandwidthGBps: z.number().positive().nullable(),
-    /** Milliseconds that one of the model's layers takes for a token, measured when it loads the first; `null` before. */
-    msPerLayer: z.number().nonnegative().nullable(),
+    /** What was measured last, when an orchestrator asked for it; `null` before. */
+    speed: speedSchema.nullable(),
   }),
   /** What it does at the moment. */
   work: z.strictObject({
@@ -137,7 +152,7 @@ export type Hello = z.infer<typeof helloSchema>;
 
 /** A model's file by its content: see `Manifest` in `weights/manifest.ts`. */
 export const weightsRefSchema = z.strictObject({
-  root: z.string().regex(/^[0-9a-f]{64}$/, "use 64 hexadecimal digits"),
+  root: hash,
   /** Its length. */
   bytes: fileBytes,
 });
@@ -171,6 +186,11 @@ export const controlRequestSchema = z.discriminatedUnion("type", [
    * fetch ends it.
    */
   z.strictObject({ type: z.literal("fetch"), stages: z.array(stageSchema).max(256) }),
+  /**
+   * Measure how fast layers of a shard's shapes are, in a file without their weights, and announce it. Answered when that is done;
+   * a worker that does not measure answers at once.
+   */
+  z.strictObject({ type: z.literal("measure"), probe: hash, shard: shardSchema }),
   /** Close all stages of this epoch. */
   z.strictObject({ type: z.literal("unload"), epoch: count }),
   /** Cancel and free sequences in all stages; overtakes queued work. Their numbers never come back within the epoch. */
@@ -252,7 +272,9 @@ export const clusterStatusSchema = z.strictObject({
     cores: size,
     memoryBytes: size,
     bandwidthGBps: z.number().nullable(),
+    /** Milliseconds that it takes for a token in one of the model's layers and in the head, as measured; `null` if not. */
     msPerLayer: z.number().nullable(),
+    msHead: z.number().nullable(),
     /** Milliseconds since it was heard of. */
     seenMs: z.number().nonnegative(),
     queued: size,
@@ -297,20 +319,30 @@ export type Diagnosis = z.infer<typeof diagnosisSchema>;
 
 type Json = Hello | ControlRequest | ControlReply | ClusterStatus | DiagnosisRequest | Diagnosis;
 
-/** JSON as bytes. */
+/** Longer texts are compressed: the shard of a large mixture, whose experts are tensors of their own, would exceed a message. */
+const MOST_PLAIN = 1 << 16;
+/** A text that compresses to a message and is longer is no description. */
+const MOST_TEXT = 1 << 26;
+/** How gzip begins, unlike JSON. */
+const GZIP = [0x1f, 0x8b] as const;
+
+/** JSON as bytes, with gzip where it is long. */
 export function encodeJson(value: Json): Uint8Array<ArrayBuffer> {
-  return new TextEncoder().encode(JSON.stringify(value));
+  const text = new TextEncoder().encode(JSON.stringify(value));
+  return text.byteLength <= MOST_PLAIN ? text : new Uint8Array(gzipSync(text));
 }
 
 /**
- * Reads JSON of a known form.
+ * Reads JSON of a known form, compressed or not.
  *
  * @throws {WireError} and nothing else, whatever the bytes; it names the field.
  */
 export function decodeJson<T>(schema: z.ZodType<T>, data: Uint8Array): T {
   let value: unknown;
   try {
-    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(data));
+    const packed = data[0] === GZIP[0] && data[1] === GZIP[1];
+    const text = packed ? gunzipSync(data, { maxOutputLength: MOST_TEXT }) : data;
+    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(text));
   } catch (cause) {
     throw new WireError("message is not JSON", { cause });
   }

@@ -120,7 +120,7 @@ Deno.test("decodeMessage: returns what encodeMessage wrote and refuses the rest"
   });
   const cases: [at: number, value: number, message: RegExp][] = [
     [0, 0, /begins with/],
-    [2, 3, /wire version 3/],
+    [2, 99, /wire version 99/],
     [3, 3, /unknown kind 3/],
     [12, 0xff, /announces/],
     [16, 0, /announces/],

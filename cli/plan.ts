@@ -5,8 +5,20 @@ import type { Command } from "commander";
 import { NatsBus } from "../bus/mod.ts";
 import { isModelFolder, loadModel, MODEL_SHAPES, ModelError, shapeOfConfig, sketchModel } from "../model/mod.ts";
 import type { ModelDescription } from "../model/mod.ts";
-import { DEFAULT_CONTEXT, Membership, modelCost, place, predict, stageCosts } from "../orchestrator/mod.ts";
-import type { Device, ModelCost, PlacedStage } from "../orchestrator/mod.ts";
+import {
+  askToMeasure,
+  DEFAULT_CONTEXT,
+  deviceOf,
+  HOP_SECONDS,
+  Membership,
+  modelCost,
+  place,
+  predict,
+  probeOf,
+  stageCosts,
+  Telemetry,
+} from "../orchestrator/mod.ts";
+import type { Device, ModelCost, PlacedStage, Probe } from "../orchestrator/mod.ts";
 import { isHubReference, modelPath } from "./hub/reference.ts";
 import { bytes, table } from "./inspect.ts";
 import { natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
@@ -20,7 +32,8 @@ interface PlanFlags extends NatsFlags {
   context?: number;
   kvType: "f16" | "f32" | "q8";
   kvTokens?: number;
-  hop: number;
+  hop?: number;
+  measure: boolean;
   wait: number;
   json?: boolean;
 }
@@ -47,19 +60,22 @@ export function addPlan(program: Command): void {
     .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
     .option("--kv-type <type>", "element type of the KV cache: f16, f32 or q8", parseKvType, "f16")
     .option("--kv-tokens <n>", "tokens that the KV cache holds over all requests", integer(2))
-    .option("--hop <ms>", "milliseconds from one device to the next", number(0, 1e4), 0.4)
+    .option(
+      "--hop <ms>",
+      "milliseconds from one device to the next (default: of a cluster's, as measured; else 0.4)",
+      number(0, 1e4),
+    )
+    .option("--no-measure", "do not have a cluster's devices run kernels on a layer: go by what is known of them")
     .option("--wait <seconds>", "how long to wait for a cluster's devices to answer", number(0.1, 60), 1)
     .option("--json", "print JSON");
   withNatsOptions(command, "plan for the devices that answer on this NATS server").action(
     async (model: string, flags: PlanFlags) => {
       const description = await describe(model, flags.type);
       const context = flags.context ?? Math.min(description.hyper.context, DEFAULT_CONTEXT);
-      const cost = modelCost(description, {
-        type: flags.kvType,
-        tokens: flags.kvTokens ?? Math.max(context, DEFAULT_CONTEXT),
-      });
-      const devices = flags.device ?? await clusterDevices(flags);
-      const hopSeconds = flags.hop / 1000;
+      const kv = { type: flags.kvType, tokens: flags.kvTokens ?? Math.max(context, DEFAULT_CONTEXT) };
+      const cost = modelCost(description, kv);
+      const devices = flags.device ?? await clusterDevices(flags, probeOf(description, { kv, context }));
+      const hopSeconds = flags.hop === undefined ? HOP_SECONDS : flags.hop / 1000;
       const stages = place(cost, devices, {
         hopSeconds,
         ...(flags.shards === undefined ? {} : { shards: flags.shards }),
@@ -85,19 +101,30 @@ async function describe(model: string, type: string): Promise<ModelDescription> 
   );
 }
 
-/** The devices that lend themselves to a cluster. */
-async function clusterDevices(flags: PlanFlags): Promise<Device[]> {
+/** Milliseconds between pings of a cluster's devices. */
+const PING_MS = 100;
+
+/** The devices that lend themselves to a cluster; those that are not at work measure how fast the model would be there. */
+async function clusterDevices(flags: PlanFlags, probe: Probe): Promise<Device[]> {
   const address = natsAddress(flags);
   if (address === undefined) throw new InvalidArgumentError("give --device, or --nats for those of a cluster.");
   const bus = await NatsBus.connect({ ...natsOptions(flags, address), name: "lutra-plan" });
-  const membership = new Membership(bus, flags.cluster);
+  const telemetry = new Telemetry(bus, flags.cluster, flags.hop === undefined ? PING_MS : 0);
+  const membership = new Membership(bus, flags.cluster, { onHello: (hello) => telemetry.take(hello, undefined) });
   try {
     membership.discover();
     await new Promise((done) => setTimeout(done, 1000 * flags.wait));
-    return membership.workers.map(({ id, capabilities: { memoryBytes, bandwidthGBps } }) => ({
-      ...{ id, memoryBytes, bandwidthGBps },
-    })).sort((a, b) => a.id < b.id ? -1 : 1);
+    const idle = membership.workers.filter(({ capabilities, work }) =>
+      capabilities.speed?.probe !== probe.probe && work.stages.length === 0
+    );
+    await Promise.all((flags.measure ? idle : []).map(async ({ id }) => {
+      const trouble = await askToMeasure(bus, flags.cluster, id, probe);
+      if (trouble !== undefined) console.error(`${id} counts by its memory bandwidth: ${trouble}`);
+    }));
+    return membership.workers.map((hello) => deviceOf(hello, probe, telemetry.of(hello.id).rttMs))
+      .sort((a, b) => a.id < b.id ? -1 : 1);
   } finally {
+    telemetry.close();
     membership.close();
     await bus.close();
   }
@@ -115,17 +142,28 @@ function show(
   const { oneStream, manyStreams } = predict(cost, devices, stages, hopSeconds);
   const idle = devices.filter(({ id }) => rows.every(({ worker }) => worker !== id)).map(({ id }) => id);
   if (json) {
-    return console.log(JSON.stringify({ stages: rows, idle, oneStreamTokS: oneStream, manyStreamsTokS: manyStreams }));
+    const measured = devices.map(({ id, speed, hopSeconds: own }) => ({
+      id,
+      msPerLayer: speed == null ? null : 1000 * speed.layerSeconds,
+      msHead: speed == null ? null : 1000 * speed.headSeconds,
+      hopMs: 1000 * (own ?? hopSeconds),
+    }));
+    const rates = { oneStreamTokS: oneStream, manyStreamsTokS: manyStreams };
+    return console.log(JSON.stringify({ stages: rows, idle, devices: measured, ...rates }));
   }
-  const offers = new Map(devices.map(({ id, memoryBytes }) => [id, memoryBytes]));
+  const byId = new Map(devices.map((device) => [device.id, device]));
+  const ms = (seconds: number | undefined) => seconds === undefined ? "–" : (1000 * seconds).toFixed(3);
   console.log([
     ...table(
-      ["device", "layers", "memory", "of", "ms a token"],
+      ["device", "layers", "memory", "of", "ms/layer", "head", "hop", "ms a token"],
       rows.map(({ worker, first, end, memoryBytes, seconds }) => [
         worker,
         `${first}–${end - 1}`,
         bytes(Math.round(memoryBytes)),
-        bytes(offers.get(worker)!),
+        bytes(byId.get(worker)!.memoryBytes),
+        ms(byId.get(worker)!.speed?.layerSeconds),
+        ms(byId.get(worker)!.speed?.headSeconds),
+        ms(byId.get(worker)!.hopSeconds ?? hopSeconds),
         (1000 * seconds).toFixed(2),
       ]),
     ),
@@ -133,7 +171,8 @@ function show(
     "",
     `one stream ${rate(oneStream)} tok/s, many together ${
       rate(manyStreams)
-    } tok/s (unbatched), as far as memory and hops go`,
+    } tok/s (unbatched); without ms/layer as far ` +
+    "as memory and hops go",
   ].join("\n"));
 }
 

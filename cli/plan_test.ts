@@ -9,6 +9,7 @@ import { Worker } from "../worker/worker.ts";
 interface Plan {
   stages: { worker: string; first: number; end: number; memoryBytes: number; seconds: number }[];
   idle: string[];
+  devices: { id: string; msPerLayer: number | null; msHead: number | null; hopMs: number }[];
   oneStreamTokS: number;
   manyStreamsTokS: number;
 }
@@ -68,7 +69,7 @@ Deno.test("plan: a model that fits the fastest board stays there; types and KV c
   const f16 = await run(["tinyllama-1.1b", "--type", "F16", ...devices.slice(2)]);
   assert.match(f16.stderr, /device-1 offers 2\.00 GB, room for/);
   const text = await run(["tinyllama-1.1b", ...devices]);
-  assert.match(text.stdout, /^device +layers +memory +of +ms a token$/m);
+  assert.match(text.stdout, /^device +layers +memory +of +ms\/layer +head +hop +ms a token$/m);
   assert.match(text.stdout, /one stream [\d.]+ tok\/s, many together [\d.]+ tok\/s/);
 });
 
@@ -132,6 +133,22 @@ Deno.test({
     const layers = new Map(stages.map(({ worker, first, end }) => [worker, end - first]));
     assert.equal(layers.get("a"), layers.get("b"));
     assert(layers.get("c")! < layers.get("a")!, "none holds it alone; the slow one has least");
+    // What they measure counts more than their bandwidth.
+    const slow = new FakeKernels({ beforeLayer: () => new Promise((resolve) => setTimeout(resolve, 40)) });
+    const fast = new FakeKernels({ beforeLayer: () => new Promise((resolve) => setTimeout(resolve, 10)) });
+    for (const [id, kernels] of [["d", slow], ["e", fast]] as const) {
+      const options = { bus, kernels, id, memoryBytes: 6.5e9, bandwidthGBps: 10, measure: true, cluster: "measured" };
+      workers.push(await Worker.start(options));
+    }
+    flags.splice(3, 1, "measured");
+    const known = await plan(["llama-2-7b", ...flags, "--no-measure"], "worker");
+    assert.deepEqual(known.devices.map(({ msPerLayer }) => msPerLayer), [null, null]);
+    const measured = await plan(["llama-2-7b", ...flags], "worker");
+    assert.deepEqual(measured.devices.map(({ id }) => id), ["d", "e"]);
+    const [d, e] = measured.devices.map(({ msPerLayer }) => msPerLayer!);
+    assert(d! >= 40 && e! >= 10 && e! < 30, `${d} and ${e} ms`);
+    const parts = new Map(measured.stages.map(({ worker, first, end }) => [worker, end - first]));
+    assert(parts.get("e")! > 2 * parts.get("d")!, JSON.stringify(measured.stages));
     const none = await run(["llama-2-7b", ...flags, "--cluster", "empty"], "worker");
     assert.match(none.stderr, /there are no workers/);
     for (const worker of workers) await worker.close();

@@ -104,6 +104,7 @@ export function describeStatus(status: ClusterStatus): string {
         "memory",
         "GB/s",
         "ms/layer",
+        "head",
         "seen",
       ],
       status.workers.map((worker) => [
@@ -119,6 +120,7 @@ export function describeStatus(status: ClusterStatus): string {
         bytes(worker.memoryBytes),
         or(worker.bandwidthGBps, (value) => value.toFixed(1)),
         or(worker.msPerLayer, (value) => value.toFixed(3)),
+        or(worker.msHead, (value) => value.toFixed(3)),
         `${(worker.seenMs / 1000).toFixed(1)} s`,
       ]),
     ),

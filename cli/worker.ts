@@ -17,6 +17,7 @@ interface WorkerFlags extends NatsFlags {
   isa?: string;
   memory?: number;
   bandwidth?: number;
+  measure?: boolean;
   models?: string;
   drain: number;
   cache?: boolean;
@@ -31,6 +32,7 @@ export function addWorker(program: Command): void {
     .option("--isa <name>", "instruction set of the kernels (default: the best)")
     .option("--memory <gb>", "memory to lend (default: what is free now)", number(0.001, 1e6))
     .option("--bandwidth <gbps>", "memory bandwidth, instead of measuring it", number(0.001, 1e6))
+    .option("--no-measure", "do not run kernels on layers to see how fast they are here: place layers by bandwidth")
     .option(
       "--models <folder>",
       "where this device has model files (default: under the orchestrator's paths; layers that it has not are fetched)",
@@ -71,10 +73,12 @@ export function addWorker(program: Command): void {
 /** A worker of this device, as its flags say. */
 export async function startWorker(
   bus: Bus,
-  flags: Pick<WorkerFlags, "id" | "threads" | "isa" | "memory" | "bandwidth" | "models" | "cluster" | "cache"> & {
-    /** Whether other devices may fetch weights from this one. Default: they may. */
-    share?: boolean;
-  },
+  flags:
+    & Pick<WorkerFlags, "id" | "threads" | "isa" | "memory" | "bandwidth" | "measure" | "models" | "cluster" | "cache">
+    & {
+      /** Whether other devices may fetch weights from this one. Default: they may. */
+      share?: boolean;
+    },
   onRefused: (error: Error) => void,
 ): Promise<Worker> {
   const { models, memory } = flags;
@@ -91,7 +95,7 @@ export async function startWorker(
     ...weightsChoice(flags.share ?? true),
     memoryBytes: Math.floor(memory === undefined ? free : Math.min(1e9 * memory, free)),
     bandwidthGBps: flags.bandwidth ?? "measure",
-    measureLayers: true,
+    measure: flags.measure !== false,
     heartbeatMs: HEARTBEAT_MS,
     diagnose: (model) =>
       deviceHealth({

@@ -6,7 +6,9 @@ import { LONGEST_MS } from "./longest.ts";
 import { Pipeline } from "./pipeline.ts";
 import { Telemetry } from "./telemetry.ts";
 import { place, slowestStage, stageCosts } from "./placement.ts";
-import type { ModelCost, PlacedStage } from "./placement.ts";
+import type { Device, ModelCost, PlacedStage } from "./placement.ts";
+import { askToMeasure, deviceOf } from "./speed.ts";
+import type { Probe } from "./speed.ts";
 
 /** Where a deployment is in its life; see {@linkcode clusterStatusSchema}. */
 export type DeploymentState = "waiting" | "loading" | "serving" | "recovering" | "unavailable" | "closed";
@@ -18,6 +20,8 @@ export interface DeploymentOptions {
   /** Id of this orchestrator. */
   orchestrator: string;
   cost: ModelCost;
+  /** What workers that send heartbeats measure their speed with. */
+  probe: Probe;
   shardOf: (stage: PlacedStage) => Shard;
   /** The model's file, for workers that lack it. Default: all have it. */
   weights?: WeightsRef;
@@ -82,6 +86,8 @@ const TICK_MS = 250;
 const MOST_PLACEMENTS = 32;
 /** Milliseconds that those are waited for who belonged to the cluster before. */
 const FORMER_MS = 2500;
+/** The time to a worker counts as another one when it has changed by this factor: placements shall not follow every ping. */
+const HOP_CHANGE = 1.5;
 /** Milliseconds between two pings of every worker, where workers send heartbeats. */
 const PING_MS = 1000;
 
@@ -99,6 +105,11 @@ export class Deployment {
   readonly #running: Promise<void>;
   readonly #ready = Promise.withResolvers<void>();
   readonly #suspects = new Map<string, number>();
+  /** The session in which a worker was asked to measure its speed, and those that do. */
+  readonly #asked = new Map<string, string>();
+  readonly #measuring = new Map<string, Promise<void>>();
+  /** Milliseconds to workers and back, as far as placement goes. */
+  readonly #hops = new Map<string, number>();
   /** What the kernel library had worked on each worker when it was found to do nothing more, and since when. */
   readonly #idle = new Map<string, { busyMs: number; since: number }>();
   #pipeline: Pipeline | undefined;
@@ -327,7 +338,7 @@ export class Deployment {
     if (placement === undefined || (shards !== undefined && placement.length !== shards)) return undefined;
     const whole = placement.every(({ first, end }, i) => first === (placement[i - 1]?.end ?? 0) && end > first) &&
       placement.at(-1)?.end === cost.layers.length;
-    const there = devices.map(deviceOf);
+    const there = devices.map((hello) => this.#device(hello));
     if (!whole || !placement.every(({ worker }) => there.some(({ id }) => id === worker))) return undefined;
     const held = new Map<string, number>();
     stageCosts(cost, there, placement).forEach(({ memoryBytes }, i) => {
@@ -346,11 +357,42 @@ export class Deployment {
     return { all, devices: all.filter((worker) => worker.state === "ready") };
   }
 
+  #device(hello: Hello): Device {
+    const { id } = hello;
+    const { rttMs } = this.telemetry.of(id);
+    const known = this.#hops.get(id);
+    if (rttMs !== null && !(known !== undefined && rttMs <= HOP_CHANGE * known && known <= HOP_CHANGE * rttMs)) {
+      this.#hops.set(id, rttMs);
+    }
+    return deviceOf(hello, this.#options.probe, this.#hops.get(id) ?? null);
+  }
+
+  /** Has workers measure their speed, each once. One that does not counts by its bandwidth. */
+  async #measure(workers: readonly Hello[]): Promise<void> {
+    const { bus, cluster, probe, lostMs, log } = this.#options;
+    if (lostMs === undefined) return;
+    const { signal } = this.#stop;
+    const ask = async (id: string) => {
+      try {
+        const trouble = await askToMeasure(bus, cluster, id, probe, signal);
+        if (trouble !== undefined) log(`worker ${id} counts by its memory bandwidth: ${trouble}`);
+      } catch (error) {
+        if (!signal.aborted) throw error;
+      } finally {
+        this.#measuring.delete(id);
+      }
+    };
+    for (const { id, session, capabilities } of workers) {
+      if (capabilities.speed?.probe === probe.probe || this.#asked.get(id) === session) continue;
+      this.#asked.set(id, session);
+      this.#measuring.set(id, ask(id));
+    }
+    await Promise.all(workers.map(({ id }) => this.#measuring.get(id)));
+  }
+
   #place(workers: readonly Hello[]): PlacedStage[] {
     const { cost, shards } = this.#options;
-    const devices = workers.map(({ id, capabilities: { memoryBytes, bandwidthGBps } }) => ({
-      ...{ id, memoryBytes, bandwidthGBps },
-    }));
+    const devices = workers.map((hello) => this.#device(hello));
     // The same workers are asked about again and again, and many take a while.
     const key = JSON.stringify(devices);
     let found = this.#placements.get(key);
@@ -370,24 +412,29 @@ export class Deployment {
 
   async #load(since: number | undefined): Promise<Pipeline> {
     const { bus, cluster, orchestrator, shardOf, weights, stepTimeoutMs } = this.#options;
-    const { all, devices } = this.#candidates();
-    let placement: PlacedStage[];
+    let { all, devices } = this.#candidates();
+    let placement = since === undefined ? this.#formerPlacement(devices) : undefined;
+    if (placement === undefined && since === undefined) {
+      // After a loss nobody waits for that.
+      await this.#measure(devices);
+      ({ all, devices } = this.#candidates());
+    }
     try {
-      placement = (since === undefined ? this.#formerPlacement(devices) : undefined) ?? this.#place(devices);
+      placement ??= this.#place(devices);
     } catch (error) {
       if (!(error instanceof PlacementError) || all.length === devices.length) throw error;
       placement = this.#place(all);
     }
+    const stages = placement;
     if (this.#state === "waiting" || this.#state === "unavailable") {
       this.#set("loading", "workers are loading the model");
     }
     this.#epoch = Math.max(this.#epoch, this.membership.newestEpoch) + 1;
-    const sessions = () => new Map(placement.map(({ worker }) => [worker, this.membership.get(worker)?.session ?? ""]));
-    const before = sessions();
+    const before = new Map(stages.map(({ worker }) => [worker, this.membership.get(worker)?.session ?? ""]));
     // A worker that is lost while it loads is not waited for.
     const gone = new AbortController();
     this.#sessions = before;
-    const overdue = this.#follow(placement, since, (error) => gone.abort(error));
+    const overdue = this.#follow(stages, since, (error) => gone.abort(error));
     this.#trouble = (error) => gone.abort(error);
     let pipeline: Pipeline;
     try {
@@ -396,8 +443,8 @@ export class Deployment {
         cluster,
         orchestrator,
         epoch: this.#epoch,
-        placement,
-        shards: placement.map(shardOf),
+        placement: stages,
+        shards: stages.map(shardOf),
         ...(weights === undefined ? {} : { weights }),
         stepTimeoutMs,
         signal: AbortSignal.any([this.#stop.signal, gone.signal]),
@@ -521,7 +568,11 @@ export class Deployment {
     const { cost, shards, idle } = this.#options;
     const { devices } = this.#candidates();
     if (shards !== undefined || devices.every(({ id }) => this.#sessions.has(id))) return undefined;
-    const all = devices.map(deviceOf);
+    // Newcomers show first how fast they are.
+    const newcomers = devices.filter(({ id }) => !this.#sessions.has(id));
+    void this.#measure(newcomers);
+    if (newcomers.some(({ id }) => this.#measuring.has(id))) return undefined;
+    const all = devices.map((hello) => this.#device(hello));
     if (!pipeline.workers.every((id) => all.some((device) => device.id === id))) return undefined;
     const better = this.#place(devices);
     if (slowestStage(cost, all, better) > WORTH * slowestStage(cost, all, pipeline.placement)) return undefined;
@@ -602,10 +653,6 @@ export class Deployment {
 function hangs({ work: { runningMs, expectedMs } }: Hello): boolean {
   if (runningMs === null) return false;
   return runningMs > (expectedMs === null ? HUNG_FIRST_MS : Math.max(HUNG_MS, HUNG_TIMES * expectedMs));
-}
-
-function deviceOf({ id, capabilities }: Hello) {
-  return { id, ...capabilities };
 }
 
 /** How far workers are, in one line. */

@@ -88,3 +88,38 @@ Deno.test("Deployment: a worker that comes later gets its share when nothing run
   assert.equal(bus.subscriptions, 0);
   await bus.close();
 });
+
+Deno.test("Deployment: who is measured to be slower gets fewer layers, and a gain as small as noise moves none", async () => {
+  const bus = new InProcessBus();
+  // A kernel library whose layers take so long.
+  const paced = (ms: number) =>
+    new FakeKernels({ beforeLayer: () => new Promise((resolve) => setTimeout(resolve, ms)) });
+  const workers: Worker[] = [];
+  const start = async (id: string, ms: number, options: Partial<WorkerOptions> = {}) => {
+    workers.push(await startWorker(bus, id, { kernels: paced(ms), measure: true, ...options }));
+  };
+  const { layers } = modelCost(fakeModel().description, { type: "f16", tokens: 8192 });
+  const memoryBytes = Math.floor(5.5 * layers[0]!.memoryBytes); // none holds the model alone
+  await start("a", 30, { memoryBytes });
+  await start("b", 9, { memoryBytes });
+  const engine = await Engine.start({ bus, model: fakeModel(), workers: 2, lostMs: 60_000 });
+  const held = () =>
+    new Map(engine.clusterStatus().workers.map(({ id, layers: [range] }) => [id, range && range[1] - range[0]]));
+  assert(held().get("b")! >= 2 * held().get("a")!, JSON.stringify([...held()]));
+  const status = engine.clusterStatus().workers;
+  assert(status.every(({ msPerLayer, msHead }) => msPerLayer! > 8 && msHead !== null), JSON.stringify(status));
+  const { epoch } = engine.stats();
+  // One that is as slow as the slow one gains little: nothing is moved.
+  await start("c", 60, { memoryBytes });
+  await settled(() => engine.clusterStatus().workers.find(({ id }) => id === "c")?.msPerLayer != null);
+  await new Promise((resolve) => setTimeout(resolve, 1000));
+  assert.equal(engine.stats().epoch, epoch);
+  // A fast one is worth it.
+  await start("d", 8, { memoryBytes });
+  await settled(() => engine.stats().epoch > epoch && engine.failure === undefined);
+  assert(held().get("d")! >= 2, JSON.stringify([...held()]));
+  await engine.close();
+  for (const worker of workers) await worker.close();
+  assert.equal(bus.subscriptions, 0);
+  await bus.close();
+});

@@ -4,6 +4,7 @@ import type {
   ClusterStatus,
   ClusterStore,
   EntryResult,
+  Hello,
   HolderState,
   Lease,
   SampleParameters,
@@ -35,6 +36,8 @@ import type { CheckedRequest, GenerateEvent, GenerateRequest } from "./request.t
 import { Scheduler } from "./scheduler.ts";
 import type { Job, SchedulerOptions, SchedulerStats } from "./scheduler.ts";
 import { modelCost, shardOf } from "./served_model.ts";
+import { probeOf } from "./speed.ts";
+import type { Probe } from "./speed.ts";
 
 /** Options of {@linkcode Engine.start}. */
 export interface EngineOptions {
@@ -127,6 +130,7 @@ export class Engine {
   readonly model: LoadedModel;
   readonly #bus: Bus;
   readonly #orchestrator: string;
+  readonly #probe: Probe;
   readonly #deployment: Deployment;
   readonly #scheduler: Scheduler;
   readonly #context: number;
@@ -156,11 +160,13 @@ export class Engine {
       maxBatch: settings.scheduler.maxBatch,
       context: settings.context,
     };
+    this.#probe = probeOf(description, shard);
     this.#deployment = new Deployment({
       bus,
       cluster,
       orchestrator: this.#orchestrator,
       cost: modelCost(description, kv),
+      probe: this.#probe,
       shardOf: (stage) => shardOf(description, stage, shard),
       ...(options.weights === undefined ? {} : { weights: options.weights }),
       standby: options.standby ?? false,
@@ -359,7 +365,12 @@ export class Engine {
         loading: membership.get(id)?.loading ?? null,
       };
     };
-    const none = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, msPerLayer: null, seenMs: 0, queued: 0 };
+    const unknown = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, msPerLayer: null, msHead: null };
+    const none = { ...unknown, seenMs: 0, queued: 0 };
+    const known = ({ speed, ...rest }: Hello["capabilities"]) => {
+      const { msPerLayer, msHead } = speed?.probe === this.#probe.probe ? speed : unknown;
+      return { ...rest, msPerLayer, msHead };
+    };
     const lost = (pipeline?.workers ?? []).filter((id) => membership.get(id) === undefined);
     return {
       orchestrator: this.#orchestrator,
@@ -375,7 +386,7 @@ export class Engine {
         ...membership.workers.map(({ id, state, capabilities, work }) => ({
           id,
           state: state === "leaving" ? "lost" as const : state,
-          ...capabilities,
+          ...known(capabilities),
           seenMs: membership.seenMs(id),
           queued: work.queued,
           ...placed(id),

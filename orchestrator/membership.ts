@@ -218,7 +218,8 @@ export class Membership {
     } catch (error) {
       if (!(error instanceof WireError)) throw error;
       if (id === undefined) return; // not a worker of ours
-      return this.#refuse(id, `${id} announces itself in a form that is not known here: run the same Lutra on both`);
+      const reason = `${id} announces what cannot be (${error.message}): run the same Lutra on both`;
+      return this.#refuse(id, reason.slice(0, 1024));
     }
     const { session } = hello;
     this.#newestEpoch = Math.max(this.#newestEpoch, hello.epoch);

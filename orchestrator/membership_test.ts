@@ -20,7 +20,7 @@ function hello(id: string, change: Partial<Hello> = {}): Uint8Array {
     session: "a-0",
     epoch: 0,
     versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION, lutra: "0.1.0" },
-    capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null, msPerLayer: null },
+    capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null, speed: null },
     work: { queued: 0, runningMs: null, expectedMs: null, stages: [] },
     ...change,
   });
@@ -209,7 +209,7 @@ Deno.test("Membership: a worker of another wire version is refused by name, what
   const malformed = { type: "hello", id: "other", versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION } };
   bus.publish(subject, new TextEncoder().encode(JSON.stringify(malformed)));
   await bus.flush();
-  assert.match(refused.pop()!, /^other \| other announces itself in a form that is not known here/);
+  assert.match(refused.pop()!, /^other \| other announces what cannot be \(state: /);
   const foreign = { type: "hello", id: "new", versions: { abi: 9, wire: 7 }, news: [1] };
   for (let i = 0; i < 2; i++) bus.publish(subject, new TextEncoder().encode(JSON.stringify(foreign)));
   await bus.flush();

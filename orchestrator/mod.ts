@@ -17,3 +17,5 @@ export * from "./placement.ts";
 export * from "./request.ts";
 export * from "./scheduler.ts";
 export * from "./served_model.ts";
+export * from "./speed.ts";
+export * from "./telemetry.ts";

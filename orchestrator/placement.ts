@@ -22,8 +22,12 @@ export interface Device {
   readonly id: string;
   /** Bytes offered for weights and KV cache. */
   readonly memoryBytes: number;
-  /** Memory read bandwidth in GB/s; `null` counts as the median of the others. */
+  /** Memory read bandwidth in GB/s; `null` counts as the median of the others. It counts where nothing else was measured. */
   readonly bandwidthGBps: number | null;
+  /** Measured seconds for a token in the model's last layer and in its head; other layers take as much for a byte. */
+  readonly speed?: { readonly layerSeconds: number; readonly headSeconds: number } | null;
+  /** Seconds of a message to it and of its answer. Default: as for all. */
+  readonly hopSeconds?: number;
 }
 
 /** A stage of the pipeline: layers `first` to `end` (exclusive) on a worker. */
@@ -40,22 +44,29 @@ export interface PlaceOptions {
    * as make the slowest stage fastest.
    */
   shards?: number;
-  /** Seconds that a message takes from one stage to the next. @default {0.0004} */
+  /** Seconds that a message takes from one stage to the next, where a device does not say its own. @default {0.0004} */
   hopSeconds?: number;
 }
 
 /** Seconds of a hop through a NATS server in a wired network. */
-const HOP_SECONDS = 4e-4;
+export const HOP_SECONDS = 4e-4;
 /** What a split may cost one stream, against the best single device. */
 const ONE_STREAM = 0.95;
+/** Devices whose measured speeds differ by less count as equally fast: measurements do. */
+const ALIKE = 1.08;
+/** … and hops by less, as equally long. */
+const ALIKE_HOPS = 1.5;
+/** What rounding may make of equal times. */
+const ROUNDING = 1 + 1e-9;
 /** Sets of devices that are looked at; beyond, the fastest device comes first in every split. */
 const MAX_SETS = 512;
 
 /**
  * Splits the layers into contiguous ranges, one per device used, so that the slowest stage is as fast as can be, no device
  * holds more than it offers, and, where the whole model fits some device, one stream has at least {@linkcode ONE_STREAM} of the
- * speed that the best such device alone would give it. A stage's time is the bytes it reads for a token over its device's
- * bandwidth; one stream passes all stages and as many hops. Among equally fast splits the one wins that is best for one stream.
+ * speed that the best such device alone would give it. A stage's time is what its device was measured to take for a byte of a
+ * layer, and for the head, or where it was not, the bytes that it reads for a token over its bandwidth; one stream passes all
+ * stages and as many hops. Among equally fast splits the one wins that is best for one stream.
  *
  * @throws {PlacementError} with every device's share when the model does not fit.
  */
@@ -78,7 +89,7 @@ export function place(cost: ModelCost, devices: readonly Device[], options: Plac
 }
 
 /**
- * Tokens per second of a split, as far as reading weights and hops go: of one stream, and of so many that all stages are busy,
+ * Tokens per second of a split, as far as layers, head and hops go: of one stream, and of so many that all stages are busy,
  * without batching.
  */
 export function predict(
@@ -87,33 +98,38 @@ export function predict(
   stages: readonly PlacedStage[],
   hopSeconds = HOP_SECONDS,
 ): { oneStream: number; manyStreams: number } {
-  const once = stageCosts(cost, devices, stages).reduce((sum, { seconds }) => sum + seconds + hopSeconds, 0);
+  const lengths = hopsOf(devices, hopSeconds);
+  const hops = new Map(devices.map(({ id }, i) => [id, lengths[i]!]));
+  const once = stageCosts(cost, devices, stages)
+    .reduce((sum, { seconds }, i) => sum + seconds + hops.get(stages[i]!.worker)!, 0);
   return { oneStream: 1 / once, manyStreams: 1 / slowestStage(cost, devices, stages) };
 }
 
 /** Seconds for a token on the fastest device that holds the whole model; infinite when none does. */
 function bestSingle(cost: ModelCost, devices: readonly Device[], hopSeconds: number): number {
-  const { memoryBytes, readBytes } = rangeCosts(cost)(0, cost.layers.length);
-  const bandwidths = knownBandwidths(devices);
+  const whole = rangeCosts(cost)(0, cost.layers.length);
+  const paces = pacesOf(cost, devices);
+  const hops = hopsOf(devices, hopSeconds);
   let best = Infinity;
   devices.forEach((device, i) => {
-    if (memoryBytes <= device.memoryBytes) best = Math.min(best, readBytes / (bandwidths[i]! * 1e9) + hopSeconds);
+    if (whole.memoryBytes > device.memoryBytes) return;
+    best = Math.min(best, secondsOf(whole, paces[i]!) + hops[i]!);
   });
   return best;
 }
 
-/** What each stage of a split holds, in bytes, and the seconds that it takes for a token as far as reading weights goes. */
+/** What each stage of a split holds, in bytes, and the seconds that it takes for a token. */
 export function stageCosts(
   cost: ModelCost,
   devices: readonly Device[],
   stages: readonly PlacedStage[],
 ): { memoryBytes: number; seconds: number }[] {
   const range = rangeCosts(cost);
-  const bandwidths = knownBandwidths(devices);
+  const paces = pacesOf(cost, devices);
   return stages.map(({ worker, first, end }) => {
-    const { memoryBytes, readBytes } = range(first, end);
+    const own = range(first, end);
     const at = devices.findIndex((device) => device.id === worker);
-    return { memoryBytes, seconds: readBytes / (bandwidths[at]! * 1e9) };
+    return { memoryBytes: own.memoryBytes, seconds: secondsOf(own, paces[at]!) };
   });
 }
 
@@ -140,8 +156,9 @@ function divideLargest(stages: PlacedStage[]): void {
 interface Kind {
   readonly ids: readonly string[];
   readonly memoryBytes: number;
-  /** Bytes per second. */
-  readonly bandwidth: number;
+  readonly pace: Pace;
+  /** Seconds of a hop to it. */
+  readonly hop: number;
 }
 
 /** The last stage of the best split of some first layers over some devices. */
@@ -163,19 +180,18 @@ class Splitter {
   readonly #sets: number;
   /** Too many sets: kinds come in the order of their speed, each device once. */
   readonly #ordered: boolean;
-  readonly #hop: number;
   /** Of every kind, seconds of a token in layers `from` to `to`, at `from · (layers + 1) + to`; infinite where memory lacks. */
   readonly #times: readonly Float64Array[];
 
   constructor(cost: ModelCost, devices: readonly Device[], hopSeconds: number) {
     this.#layers = cost.layers.length;
-    this.#hop = hopSeconds;
-    const bandwidths = knownBandwidths(devices);
-    const kinds = new Map<string, { ids: string[]; memoryBytes: number; bandwidth: number }>();
+    const paces = pacesOf(cost, devices);
+    const hops = hopsOf(devices, hopSeconds);
+    const kinds = new Map<string, Kind & { ids: string[] }>();
     devices.forEach(({ id, memoryBytes }, i) => {
-      const bandwidth = bandwidths[i]! * 1e9;
-      const key = `${memoryBytes} ${bandwidth}`;
-      const kind = kinds.get(key) ?? { ids: [], memoryBytes, bandwidth };
+      const [pace, hop] = [paces[i]!, hops[i]!];
+      const key = `${memoryBytes} ${pace.layerByte} ${pace.head} ${hop}`;
+      const kind = kinds.get(key) ?? { ids: [], memoryBytes, pace, hop };
       kind.ids.push(id);
       kinds.set(key, kind);
     });
@@ -184,8 +200,8 @@ class Splitter {
     this.#ordered = sets > MAX_SETS;
     if (this.#ordered) {
       this.#kinds = devices.map(({ id, memoryBytes }, i) => ({
-        ...{ ids: [id], memoryBytes, bandwidth: bandwidths[i]! * 1e9 },
-      })).sort((a, b) => b.bandwidth - a.bandwidth);
+        ...{ ids: [id], memoryBytes, pace: paces[i]!, hop: hops[i]! },
+      })).sort((a, b) => a.pace.layerByte - b.pace.layerByte);
       // A set is the last device of the order and, when their number matters, how many there are.
       this.#sets = (devices.length + 1) * (devices.length + 1);
       this.#weights = [];
@@ -200,13 +216,13 @@ class Splitter {
       this.#sets = sets;
     }
     const range = rangeCosts(cost);
-    this.#times = this.#kinds.map(({ memoryBytes, bandwidth }) => {
+    this.#times = this.#kinds.map(({ memoryBytes, pace }) => {
       const times = new Float64Array((this.#layers + 1) ** 2).fill(Infinity);
       for (let from = 0; from < this.#layers; from++) {
         for (let to = from + 1; to <= this.#layers; to++) {
           const own = range(from, to);
           if (own.memoryBytes > memoryBytes) break; // a longer range needs still more
-          times[from * (this.#layers + 1) + to] = own.readBytes / bandwidth;
+          times[from * (this.#layers + 1) + to] = secondsOf(own, pace);
         }
       }
       return times;
@@ -221,13 +237,13 @@ class Splitter {
     const times = new Set<number>();
     for (const own of this.#times) own.forEach((time) => time < Infinity && times.add(time));
     const limits = Float64Array.from(times).sort();
-    // Rounding must not forbid the single device that the limit comes from.
-    const within = most * (1 + 1e-9);
+    // Rounding must not forbid the single device that the limit comes from, nor tell equal times apart.
+    const within = most * ROUNDING;
     let found: PlacedStage[] | undefined;
     let [low, high] = [0, limits.length - 1];
     while (low <= high) {
       const middle = found === undefined && high === limits.length - 1 ? high : (low + high) >> 1;
-      const split = this.#split(limits[middle]!, count);
+      const split = this.#split(limits[middle]! * ROUNDING, count);
       if (split !== undefined && split.sum <= within) {
         found = split.stages;
         high = middle - 1;
@@ -262,13 +278,14 @@ class Splitter {
       for (const [kind, next] of this.#nexts(set)) {
         const following = best[next]!;
         const times = this.#times[kind]!;
+        const { hop } = this.#kinds[kind]!;
         for (let from = 0; from < layers; from++) {
           const prior = row[from];
           if (prior === undefined) continue;
           for (let to = from + 1; to <= layers; to++) {
             const time = times[from * (layers + 1) + to]!;
             if (time > limit || time === Infinity) break; // a longer range is slower still, or needs still more memory
-            const sum = prior.sum + time + this.#hop;
+            const sum = prior.sum + time + hop;
             if (sum < (following[to]?.sum ?? Infinity)) following[to] = { sum, kind, from, before: set };
           }
         }
@@ -311,8 +328,13 @@ class Splitter {
   }
 }
 
+/** What some layers cost; the head's bytes are in `memoryBytes` and in `headBytes`. */
+interface RangeCost extends LayerCost {
+  readonly headBytes: number;
+}
+
 /** Cost of layers `from` to `to` (exclusive), with embedding and head where they belong. */
-function rangeCosts(cost: ModelCost): (from: number, to: number) => LayerCost {
+function rangeCosts(cost: ModelCost): (from: number, to: number) => RangeCost {
   const memory = [0];
   const read = [0];
   for (const layer of cost.layers) {
@@ -324,15 +346,70 @@ function rangeCosts(cost: ModelCost): (from: number, to: number) => LayerCost {
     const last = to === cost.layers.length ? cost.head : { memoryBytes: 0, readBytes: 0 };
     return {
       memoryBytes: memory[to]! - memory[from]! + first + last.memoryBytes,
-      readBytes: read[to]! - read[from]! + last.readBytes,
+      readBytes: read[to]! - read[from]!,
+      headBytes: last.readBytes,
     };
   };
 }
 
-function knownBandwidths(devices: readonly Device[]): number[] {
-  const known = devices.map((device) => device.bandwidthGBps).filter((value) => value !== null).sort((a, b) => a - b);
-  const median = known[known.length >> 1] ?? 1;
-  return devices.map((device) => device.bandwidthGBps ?? median);
+/** How fast a device is. */
+interface Pace {
+  /** Seconds for a byte that a layer reads. */
+  readonly layerByte: number;
+  /** Seconds of the head. */
+  readonly head: number;
+}
+
+function secondsOf({ readBytes, headBytes }: RangeCost, { layerByte, head }: Pace): number {
+  return readBytes * layerByte + (headBytes > 0 ? head : 0);
+}
+
+/**
+ * How fast each device is. Kernels do more than read: devices that were not measured count as so many times slower than their
+ * bandwidth says as the measured ones are.
+ */
+function pacesOf({ layers, head }: ModelCost, devices: readonly Device[]): Pace[] {
+  const bandwidth = medianOf(devices.map((device) => device.bandwidthGBps).filter((value) => value !== null)) ?? 1;
+  const byBandwidth = devices.map((device) => 1 / ((device.bandwidthGBps ?? bandwidth) * 1e9));
+  const layerBytes = layers.at(-1)!.readBytes;
+  const measured = devices.map(({ speed }) =>
+    speed == null || layerBytes === 0
+      ? undefined
+      : { layerByte: speed.layerSeconds / layerBytes, head: speed.headSeconds }
+  );
+  const slower =
+    medianOf(measured.flatMap((pace, i) => pace === undefined ? [] : [pace.layerByte / byBandwidth[i]!])) ?? 1;
+  const levelled = level(measured.filter((pace) => pace !== undefined), ({ layerByte }) => layerByte, ALIKE);
+  return measured.map((pace, i) => {
+    if (pace !== undefined) return levelled.get(pace)!;
+    const layerByte = slower * byBandwidth[i]!;
+    return { layerByte, head: head.readBytes * layerByte };
+  });
+}
+
+/** Seconds to each device and back. */
+function hopsOf(devices: readonly Device[], hopSeconds: number): number[] {
+  const hops = devices.map((device) => ({ seconds: device.hopSeconds ?? hopSeconds }));
+  const levelled = level(hops, ({ seconds }) => seconds, ALIKE_HOPS);
+  return hops.map((hop) => levelled.get(hop)!.seconds);
+}
+
+/** Which stands for which: of those that differ by less than a factor, the one in the middle stands for all. */
+function level<T>(items: readonly T[], of: (item: T) => number, factor: number): Map<T, T> {
+  const sorted = [...items].sort((a, b) => of(a) - of(b));
+  const levelled = new Map<T, T>();
+  for (let first = 0; first < sorted.length;) {
+    let end = first;
+    while (end < sorted.length && of(sorted[end]!) <= factor * of(sorted[first]!)) end++;
+    for (let i = first; i < end; i++) levelled.set(sorted[i]!, sorted[(first + end) >> 1]!);
+    first = end;
+  }
+  return levelled;
+}
+
+/** The upper of the two in the middle; `undefined` of nothing. */
+function medianOf(values: readonly number[]): number | undefined {
+  return [...values].sort((a, b) => a - b)[values.length >> 1];
 }
 
 function shortfall(cost: ModelCost, devices: readonly Device[], shards: number | undefined): string {

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { PlacementError } from "./errors.ts";
-import { place, predict } from "./placement.ts";
+import { place, predict, stageCosts } from "./placement.ts";
 import type { Device, ModelCost, PlacedStage } from "./placement.ts";
 
 function random(seed: number): (n: number) => number {
@@ -140,6 +140,61 @@ Deno.test("place: where the model fits the fastest, a slow one gets no layers; a
   near(oneStream, 1 / (0.8 + 2 * 0.01), "one stream passes both stages");
   near(manyStreams, 1 / 0.4, "many keep the slower busy");
 });
+
+/** Devices of equal bandwidth whose layers of {@linkcode uniform} take so many milliseconds. */
+function measured(...layerMs: (number | null)[]): Device[] {
+  return layerMs.map((ms, i) => ({
+    ...{ id: `d${i}`, memoryBytes: 1e12, bandwidthGBps: 10 },
+    speed: ms === null ? null : { layerSeconds: ms / 1000, headSeconds: 0 },
+  }));
+}
+
+const shares = (stages: readonly PlacedStage[]) =>
+  new Map(
+    [...stages].sort((a, b) => a.worker < b.worker ? -1 : 1).map(({ worker, first, end }) => [worker, end - first]),
+  );
+
+Deno.test("place: what was measured counts, not the bandwidth: a device with a quarter of its cores' time gets fewer layers", () => {
+  const stages = place(uniform(10), measured(4, 1), { shards: 2 });
+  assert.deepEqual(shares(stages), new Map([["d0", 2], ["d1", 8]]));
+  // Who was not measured counts as slow beside its bandwidth as those that were.
+  const [, byBandwidth] = stageCosts(uniform(10), measured(4, null), [
+    { worker: "d0", first: 0, end: 5 },
+    { worker: "d1", first: 5, end: 10 },
+  ]);
+  near(byBandwidth!.seconds, 5 * 4e-3, "as d0");
+});
+
+Deno.test("place: layers that read more take longer, and the head takes what was measured", () => {
+  const cost: ModelCost = {
+    layers: [30, 10, 10].map((readBytes) => ({ memoryBytes: 1, readBytes })),
+    embeddingBytes: 0,
+    head: { memoryBytes: 1, readBytes: 1 },
+  };
+  const devices = measured(1, 1).map((device) => ({ ...device, speed: { layerSeconds: 0.001, headSeconds: 0.004 } }));
+  const stages = [{ worker: "d0", first: 0, end: 2 }, { worker: "d1", first: 2, end: 3 }];
+  const [first, last] = stageCosts(cost, devices, stages);
+  near(first!.seconds, 0.004, "of which the last layer's bytes take 1 ms");
+  near(last!.seconds, 0.005, "a layer and the head");
+  const hops = devices.map((device, i) => ({ ...device, hopSeconds: i === 0 ? 0.001 : 0.01 }));
+  near(predict(cost, hops, stages, 1).oneStream, 1 / (0.009 + 0.011), "each device has its own way");
+  // Equally fast ones differ in their way: one stream wants the near one alone.
+  assert.deepEqual(place(cost, [...hops].reverse(), { shards: 1 }).map(({ worker }) => worker), ["d0"]);
+});
+
+Deno.test("place: the noise of measurements changes no split", () => {
+  const next = random(11);
+  const cost = uniform(22);
+  const even = place(cost, measured(1, 1, 2));
+  for (let round = 0; round < 50; round++) {
+    const noisy = (ms: number) => ms * (1 + 0.035 * (next(2001) / 1000 - 1));
+    assert.deepEqual(place(cost, measured(noisy(1), noisy(1), noisy(2))).map(size), even.map(size), `round ${round}`);
+  }
+});
+
+function size({ first, end }: PlacedStage): number {
+  return end - first;
+}
 
 Deno.test("place: equal devices keep their order; an unknown bandwidth counts as the median", () => {
   const devices = ["a", "b", "c"].map((id) => ({ id, memoryBytes: 2e9, bandwidthGBps: null }));

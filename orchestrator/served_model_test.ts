@@ -1,7 +1,10 @@
 import assert from "node:assert/strict";
-import { decodeJson, shardSchema } from "../bus/mod.ts";
+import { controlRequestSchema, decodeJson, encodeJson, shardSchema } from "../bus/mod.ts";
+import type { ControlRequest, TensorLayout } from "../bus/mod.ts";
 import { fakeModel } from "../tests/fakes/cluster.ts";
 import { modelCost, shardOf } from "./served_model.ts";
+
+type Expert = (TensorLayout & { kind: "parts" })["parts"][number];
 
 const tensor = (name: string, bytes: number) => ({ name, type: 0, shape: [bytes / 4], offset: 64, bytes });
 const fake = fakeModel().description;
@@ -48,6 +51,45 @@ Deno.test("modelCost: a token reads the experts it goes to, the device holds the
   const kv = 2 * 64 * 2 * 8 * 2;
   assert(Math.abs(cost.layers[0]!.memoryBytes - (600 + 100 + 2400) * 1.02 - kv) < 1e-6);
   assert(Math.abs(cost.layers[0]!.readBytes - (600 + 100 + 600) * 1.02) < 1e-6);
+});
+
+Deno.test("shardOf: a request to hold 48 layers with 128 GPTQ experts each, all of them tensors of their own, fits a message", () => {
+  let at = 0;
+  const stored = (name: string, bytes: number) => {
+    const file = Math.floor(at / 4e9);
+    at += bytes;
+    return { name, type: 26, shape: [768, 256], file, offset: at % 4e9, bytes };
+  };
+  const expert = (stem: string): Expert => ({
+    ...stored(`${stem}.qweight`, 786_432),
+    layout: {
+      ...{ kind: "gptq", bits: 4, zero: 1, group: 128 },
+      scales: stored(`${stem}.scales`, 24_576),
+      zeros: stored(`${stem}.qzeros`, 6_144),
+      index: stored(`${stem}.g_idx`, 8_192),
+    },
+  });
+  const layers = fake.layers.slice(0, 1).flatMap(({ mlp: _, ...rest }) =>
+    Array.from({ length: 48 }, (_, l) => {
+      const stacked = (part: string) => ({
+        ...tensor(`blk.${l}.ffn_${part}_exps.weight`, 1024),
+        layout: {
+          kind: "parts" as const,
+          parts: Array.from({ length: 128 }, (_, e) => expert(`model.layers.${l}.mlp.experts.${e}.${part}_proj`)),
+        },
+      });
+      const moe = { gate: stacked("gate"), up: stacked("up"), down: stacked("down") };
+      return { ...rest, moe: { router: { weight: tensor(`router ${l}`, 100) }, ...moe } };
+    })
+  );
+  const mixture = { ...description, hyper: { ...description.hyper, layers: 48 }, layers };
+  const settings = { path: "m", files: ["b", "c"], kv: { type: "f16", tokens: 64 }, maxBatch: 8, context: 32 } as const;
+  const shard = shardOf(mixture, { first: 0, end: 48 }, settings);
+  const request: ControlRequest = { type: "load", epoch: 1, stages: [{ stage: 0, shard, next: "r" }], results: "r" };
+  const text = JSON.stringify(request).length;
+  const bytes = encodeJson(request);
+  assert(text > 5 * 2 ** 20 && bytes.byteLength < 2 ** 20, `${text} bytes of text in ${bytes.byteLength}`);
+  assert.deepEqual(decodeJson(controlRequestSchema, bytes), JSON.parse(JSON.stringify(request)));
 });
 
 Deno.test("shardOf: ranges hold their layers, and embedding and head where they belong; all pass the boundary", () => {

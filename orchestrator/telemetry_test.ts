@@ -12,7 +12,7 @@ function hello(id: string, epoch: number, ...busyMs: number[]): Hello {
     session: "a-0",
     epoch,
     versions: { abi: 1, wire: 1, lutra: "0" },
-    capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null, msPerLayer: null },
+    capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null, speed: null },
     work: {
       ...{ queued: 0, runningMs: null, expectedMs: null },
       stages: busyMs.map((ms, stage) => ({ stage, stepMs: null, busyMs: ms })),

@@ -103,7 +103,7 @@ class Site implements AsyncDisposable {
   }
 
   work(id: string, permissions: readonly string[] = []): void {
-    const flags = ["--id", id, "--threads", "1", "--bandwidth", "10", "--memory", "0.5", "--no-cache"];
+    const flags = ["--id", id, "--threads", "1", "--bandwidth", "10", "--memory", "0.5", "--no-cache", "--no-measure"];
     const child = new Deno.Command(Deno.execPath(), {
       args: [
         "run",

@@ -1,5 +1,4 @@
 import {
-  decodeBatch,
   decodeMessage,
   decodeResults,
   decodeSample,
@@ -35,9 +34,6 @@ export interface Computed {
 }
 
 const EMPTY = encodeBatch([]);
-/** Runs that time the layers, and milliseconds after which no other begins. */
-const MEASURED_STEPS = 5;
-const MEASURED_MS = 200;
 /** Micro-batches whose mean time is told. */
 const RECENT_STEPS = 32;
 
@@ -199,30 +195,6 @@ export class Stage {
     });
     const header = { kind: "work", epoch: this.epoch, step: step + 1, chain: chain - 1 } as const;
     return encodeMessage(header, encodeBatch(entries), new Uint8Array());
-  }
-
-  /**
-   * Times the layers in a short run: milliseconds that one takes for a token. Before the first micro-batch; it leaves no trace.
-   *
-   * @throws {KernelError}
-   */
-  async measure(): Promise<number> {
-    const { shard } = this.spec;
-    const { embedding, vocab } = shard.hyper;
-    const batch = encodeBatch([{ seq: 0, pos: 0, tokens: [0] }]); // nothing is sampled: the layers alone
-    const input = new Uint8Array(shard.embedding === null ? 4 * embedding : 0);
-    const output = new Uint8Array(shard.head === null ? 4 * embedding : maxResultBytes(decodeBatch(batch), vocab));
-    const stop = new Int32Array(new ArrayBuffer(4));
-    let best = Infinity;
-    const begin = performance.now();
-    // The first is the slowest: memory is touched, kernels are compared.
-    for (let run = 0; run < 2 || (run < MEASURED_STEPS && performance.now() - begin < MEASURED_MS); run++) {
-      const start = performance.now();
-      await this.handle.forward(batch, input, stop, output);
-      best = Math.min(best, performance.now() - start);
-      this.handle.truncate(0, 0);
-    }
-    return best / (shard.end - shard.first);
   }
 
   /** The state for the orchestrator. Not while a micro-batch runs. */

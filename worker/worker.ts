@@ -31,6 +31,7 @@ import type {
 } from "../bus/mod.ts";
 import { KernelError, WorkerError } from "./errors.ts";
 import type { KernelLibrary, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
+import { measureSpeed } from "./measure.ts";
 import { Stage } from "./stage.ts";
 import type { QueuedStep } from "./stage.ts";
 import { WeightStore } from "../weights/mod.ts";
@@ -61,8 +62,8 @@ export interface WorkerOptions {
    * Default: not known, and workers count as equally fast.
    */
   bandwidthGBps?: number | "measure";
-  /** Whether the layers' speed is measured, in a short run when the first are loaded. @default {false} */
-  measureLayers?: boolean;
+  /** Whether it measures how fast it is when an orchestrator asks. @default {false} */
+  measure?: boolean;
   /** Milliseconds between heartbeats; 0 sends none, as within one process. @default {0} */
   heartbeatMs?: number;
   /** Where this device has the file that the orchestrator names. Default: under the same path. */
@@ -126,8 +127,6 @@ export class Worker {
   readonly #store: WeightStore | undefined;
   /** Ends what is being fetched. */
   #fetching: AbortController | undefined;
-  /** The model whose layers were measured. */
-  #measured = "";
   /** The newest epoch that a load was asked for. */
   #wanted = 0;
   /** Told when no stage is open. */
@@ -147,7 +146,7 @@ export class Worker {
       cores: this.#threads,
       memoryBytes: options.memoryBytes ?? Deno.systemMemoryInfo().available,
       bandwidthGBps,
-      msPerLayer: null,
+      speed: null,
     };
     const { weights, log } = options;
     if (weights !== undefined) {
@@ -285,6 +284,8 @@ export class Worker {
       ? () => this.#load(request)
       : request.type === "unload"
       ? () => this.#unload(request.epoch)
+      : request.type === "measure"
+      ? () => this.#measure(request)
       : () => Promise.resolve();
     this.#change(act).then(() => this.#status()).catch(refusal).then((reply) => message.respond(encodeJson(reply)))
       .catch((error) => this.#log(`worker ${this.id} could not answer: ${error}`));
@@ -378,7 +379,6 @@ export class Worker {
         }
         opened.push(new Stage(wanted, epoch, handle, keep));
       }
-      await this.#measure(opened[0]);
       for (const stage of opened) {
         const subject = this.#subjects.stage(this.id, stage.spec.stage);
         stage.subscription = this.#bus.subscribe(subject, (message) => this.#onWork(stage, message));
@@ -442,14 +442,14 @@ export class Worker {
     return stages.map(({ weights }, i) => found.get(weights?.root ?? "") ?? own[i]!);
   }
 
-  /** Measures the layers of a model once: the next time others may wait for them. */
-  async #measure(stage: Stage | undefined): Promise<void> {
-    if (this.#options.measureLayers !== true || stage === undefined) return;
-    const { shard, weights } = stage.spec;
-    const model = `${shard.path} ${weights?.root}`;
-    if (model === this.#measured) return;
-    this.#capabilities = { ...this.#capabilities, msPerLayer: await stage.measure() };
-    this.#measured = model;
+  /** Measures how fast it is, and announces it; what was measured already it knows. */
+  async #measure({ probe, shard }: ControlRequest & { type: "measure" }): Promise<void> {
+    if (this.#options.measure !== true || this.#closed || this.#capabilities.speed?.probe === probe) return;
+    const { isa = null, pin = "none", tune = "auto" } = this.#options;
+    const choices = { threads: this.#threads, isa, pin, cache: null, tune };
+    const speed = await measureSpeed(this.#kernels, shard, choices, this.#capabilities.memoryBytes);
+    this.#capabilities = { ...this.#capabilities, speed: { probe, ...speed } };
+    this.#announce();
   }
 
   async #unload(epoch: number): Promise<void> {

@@ -12,6 +12,7 @@ import {
   encodeMessage,
   helloSchema,
   InProcessBus,
+  shardTensors,
 } from "../bus/mod.ts";
 import type {
   BatchEntry,
@@ -127,7 +128,7 @@ Deno.test("Worker: announces itself at start, on discovery, and when it leaves",
     cores: 1,
     memoryBytes: 1e9,
     bandwidthGBps: null,
-    msPerLayer: null,
+    speed: null,
   });
   await t.workers[0]!.close();
   await t.bus.flush();
@@ -436,33 +437,40 @@ Deno.test("Worker: close during a micro-batch gives it up", async () => {
   await t.end();
 });
 
-Deno.test("Worker: measures the layers of a model in a short run, once, which leaves no trace", async () => {
+Deno.test("Worker: measures its speed when it is asked, once for a probe, and announces it", async () => {
   const bus = new InProcessBus();
   const subjects = clusterSubjects("local");
   const hellos: Hello[] = [];
   bus.subscribe(subjects.hello, (message) => hellos.push(decodeJson(helloSchema, message.data)));
-  const kernels = new FakeKernels();
-  const worker = await Worker.start({ bus, kernels, id: "a", memoryBytes: 1e9, measureLayers: true });
-  const load = async (epoch: number, shard: Shard) => {
-    const request: ControlRequest = { type: "load", epoch, stages: [{ stage: 0, shard, next: "r" }], results: "r" };
-    const reply = decodeJson(
-      controlReplySchema,
-      (await bus.request(subjects.control("a"), encodeJson(request))).data,
-    );
-    assert(reply.ok && reply.stages[0]!.stats.sequences === 0 && reply.stages[0]!.steps === 0);
+  const kernels = new FakeKernels({ beforeLayer: () => new Promise((resolve) => setTimeout(resolve, 4)) });
+  const worker = await Worker.start({ bus, kernels, id: "a", memoryBytes: 1e9, measure: true });
+  const mute = await Worker.start({ bus, kernels, id: "mute", memoryBytes: 1e9 });
+  const ask = async (id: string, probe: string, shard: Shard) => {
+    const request: ControlRequest = { type: "measure", probe, shard };
+    return decodeJson(controlReplySchema, (await bus.request(subjects.control(id), encodeJson(request))).data);
   };
-  await load(1, fakeShard());
-  const [shard] = kernels.shards;
-  assert(shard!.forwards.length >= 2);
-  assert(shard!.forwards.every(({ tokens, sampled }) => tokens === 1 && sampled === 0));
-  bus.publish(subjects.discover, NONE);
-  await bus.flush();
-  await bus.flush();
-  assert(hellos.at(-1)!.capabilities.msPerLayer! > 0);
-  // Another range of the same model: at once.
-  await load(2, fakeShard({ first: 1 }));
-  assert.equal(kernels.shards[1]!.forwards.length, 0);
-  await worker.close();
+  const shard = fakeShard({ first: 1 });
+  const [one, two] = ["1", "2"].map((digit) => digit.repeat(64));
+  assert((await ask("a", one!, shard)).ok);
+  const { speed } = hellos.at(-1)!.capabilities;
+  assert.equal(speed?.probe, one);
+  assert(speed!.msPerLayer >= 4, `${speed!.msPerLayer} ms`);
+  const [probed] = kernels.shards;
+  assert(probed!.forwards.every(({ tokens }) => tokens === 1));
+  assert(
+    probed!.forwards.some(({ sampled }) => sampled === 1) && probed!.forwards.some(({ sampled }) => sampled === 0),
+  );
+  assert.deepEqual([probed!.misuse, probed!.closed, probed!.sequences.size], [[], true, 0]);
+  assert((await ask("a", one!, shard)).ok);
+  assert((await ask("mute", one!, shard)).ok);
+  assert.equal(kernels.shards.length, 1, "known already, and not to be measured");
+  // What is too large to try is refused, and what was known stays.
+  const huge = structuredClone(shard);
+  shardTensors(huge)[0]!.bytes = 6e8;
+  const refused = await ask("a", two!, huge);
+  assert(!refused.ok && /too much to be measured/.test(refused.error), JSON.stringify(refused));
+  assert.equal(hellos.at(-1)!.capabilities.speed?.probe, one);
+  for (const each of [worker, mute]) await each.close();
   await bus.close();
 });
 

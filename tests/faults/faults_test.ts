@@ -6,7 +6,7 @@ import { clusterStatusSchema, decodeJson } from "../../bus/mod.ts";
 import { loadKernels } from "../../worker/mod.ts";
 import { repoPath } from "../data.ts";
 import { nats } from "../nats.ts";
-import { MODEL } from "./harness.ts";
+import { FaultCluster, limitsCores, MODEL } from "./harness.ts";
 import { FAULTS, runFaults } from "./matrix.ts";
 
 // Never closed, hence opened before any test: it is no test's leak.
@@ -24,6 +24,21 @@ Deno.test({
       rows++;
     }
     assert(rows >= 10, `${rows} faults`);
+  },
+});
+
+Deno.test({
+  name: "placement: of two devices of equal bandwidth the one with a quarter of a core's time gets fewer layers",
+  ignore: nats.absent || !await limitsCores(),
+  async fn() {
+    const quota = (index: number) => index === 0 ? 0.25 : undefined;
+    await using cluster = await FaultCluster.start(2, { shards: 2 }, { measure: true, quota });
+    const workers = new Map(cluster.engine.clusterStatus().workers.map((worker) => [worker.id, worker]));
+    const [slow, fast] = [workers.get("w0")!, workers.get("w1")!];
+    assert.equal(slow.bandwidthGBps, fast.bandwidthGBps);
+    assert(slow.msPerLayer! > 2 * fast.msPerLayer!, `${slow.msPerLayer} and ${fast.msPerLayer} ms a layer`);
+    const held = ({ layers }: typeof slow) => layers.reduce((sum, [first, end]) => sum + end - first, 0);
+    assert(held(slow) < held(fast), `${held(slow)} and ${held(fast)} layers`);
   },
 });
 
@@ -136,6 +151,7 @@ Deno.test({
       const status = await lutra("worker", "status", "--json", ...flags).until(/\{.*\}\n/);
       const [board, ...others] = decodeJson(clusterStatusSchema, new TextEncoder().encode(status[0])).workers;
       assert.deepEqual([board!.id, board!.layers, others.length], ["board", [[0, 6]], 0]);
+      assert(board!.msPerLayer! > 0 && board!.msHead! > 0, JSON.stringify(board));
       assert(board!.stepMs[0]! > 0 && board!.rttMs! > 0, JSON.stringify(board));
 
       // Killed without a word, it comes back and finds the worker.

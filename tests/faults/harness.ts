@@ -160,6 +160,13 @@ class CpuQuota implements AsyncDisposable {
   }
 }
 
+/** Whether control groups are this user's to make. */
+export async function limitsCores(): Promise<boolean> {
+  const quota = await CpuQuota.create(`lutra-${Deno.pid}-try`);
+  await quota?.[Symbol.asyncDispose]();
+  return quota !== undefined;
+}
+
 /** What devices are like. */
 export interface DeviceOptions {
   /** The core that each is bound to, by its number. Default: all. */
@@ -168,6 +175,10 @@ export interface DeviceOptions {
   delayMs?: number;
   /** Memory to lend, in GB. @default {1} */
   memoryGB?: number;
+  /** Whether they measure their speed; else they count as equally fast. @default {false} */
+  measure?: boolean;
+  /** The share of a core that each gets, by its number. Default: all of it. */
+  quota?: (index: number) => number | undefined;
 }
 
 /** A worker's process. */
@@ -177,6 +188,7 @@ export class Device {
   readonly #port: number;
   readonly #memoryGB: number;
   readonly #core: number | undefined;
+  readonly #measure: boolean;
   readonly #cache = mkdtempSync(join(tmpdir(), "lutra-device-"));
   #child: Deno.ChildProcess | undefined;
   #quota: CpuQuota | undefined;
@@ -187,6 +199,7 @@ export class Device {
     this.#port = port;
     this.#memoryGB = options.memoryGB ?? 1;
     this.#core = options.core?.(index);
+    this.#measure = options.measure ?? false;
   }
 
   /** Starts it, or starts it again under the same name. */
@@ -202,6 +215,7 @@ export class Device {
       "--memory",
       `${this.#memoryGB}`,
       "--no-cache",
+      ...(this.#measure ? [] : ["--no-measure"]),
     ];
     const run = ["run", "-q", "-P=worker", repoPath("mod.ts"), "worker", "--nats", url, ...flags, "--drain", "5"];
     const [command, ...args] = [
@@ -302,6 +316,8 @@ export class FaultCluster implements AsyncDisposable {
         const device = new Device(i, await Link.create(devices.delayMs ?? 0), cluster.server.port, devices);
         cluster.devices.push(device);
         device.start();
+        const quota = devices.quota?.(i);
+        if (quota !== undefined && !await device.limit(quota)) throw new Error("control groups cannot be made here");
       }
       await cluster.open({ workers: count, ...options });
       return cluster;
