@@ -30,8 +30,8 @@ const layouts = [
   /** Floats, columns one after the other. */
   z.strictObject({ kind: z.literal("transposed") }),
   /**
-   * GPTQ's; the tensor's own place has the codes. Without `index`, `group` columns after the other share a group, or all if it is
-   * 0. `zero` is added to stored zero points.
+   * GPTQ's; the tensor's own place has the codes. `group` columns after the other share a group, or all if it is 0; with `index`,
+   * which says the group of each, `group` is what most have. `zero` is added to stored zero points.
    */
   z.strictObject({
     kind: z.literal("gptq"),
@@ -70,18 +70,33 @@ export type TensorRef = z.infer<typeof tensorSchema>;
 export type TensorLayout = NonNullable<TensorRef["layout"]>;
 
 /** Bytes that the rows of a tensor take of what is stored. */
-export function tensorBytes({ shape, bytes, rows, layout }: TensorRef): number {
-  const taken = rows === undefined ? bytes : bytes / rows.of * (shape[1] ?? 1);
+export function storedBytes({ shape, bytes, rows, layout }: TensorRef): number {
+  if (layout?.kind === "parts") return layout.parts.reduce((sum, part) => sum + storedBytes(part), 0);
+  const grouped = layout?.kind === "gptq" || layout?.kind === "awq";
+  const all = bytes + (grouped ? layout.scales.bytes + layout.zeros.bytes : 0);
+  return rows === undefined ? all : all / rows.of * (shape[1] ?? 1);
+}
+
+/** Bytes of a tensor's rows in blocks that the kernels pack, at most. */
+export function tensorBytes(tensor: TensorRef): number {
+  const { shape, layout } = tensor;
   switch (layout?.kind) {
     case "parts":
       return layout.parts.reduce((sum, part) => sum + tensorBytes(part), 0);
     case "gptq":
-    case "awq":
-      return taken + (layout.scales.bytes + layout.zeros.bytes) * (shape[1] ?? 1) / (rows?.of ?? shape[1] ?? 1);
-    case "ternarised": // packed before it is held
+    case "awq": { // `kernels/src/pack/grouped.rs` chooses
+      const [cols, rows = 1] = shape as [number, number];
+      const [bits, group] = [layout.kind === "awq" ? 4 : layout.bits, layout.group === 0 ? cols : layout.group];
+      const wide = layout.scales.type === 0; // F32, which an f16 may hold or not
+      const padded = (wide ? [32] : [128, 64, 32]).map((size) =>
+        Math.ceil(cols / group) * Math.ceil(group / size) * ((wide ? 5 : 3) + size * bits / 8)
+      );
+      return rows * Math.min(4 * cols, ...padded);
+    }
+    case "ternarised":
       return shape.reduce((a, b) => a * b, 1) / 4;
     default:
-      return taken;
+      return storedBytes(tensor);
   }
 }
 

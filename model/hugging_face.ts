@@ -12,7 +12,7 @@ import { TokenizerError, UnsupportedModelError } from "./errors.ts";
 import type { GgufFile } from "./gguf.ts";
 import { checkedConfig, checkedQuantization, metadataOf } from "./hugging_face_config.ts";
 import type { Quantization } from "./hugging_face_config.ts";
-import { folderTensors } from "./hugging_face_tensors.ts";
+import { folderTensors, grownWarnings } from "./hugging_face_tensors.ts";
 import { tokenizerOfJson } from "./hugging_face_tokenizer.ts";
 import { readSafetensorsFolder } from "./safetensors.ts";
 import type { Tokenizer } from "./tokenizer.ts";
@@ -23,6 +23,8 @@ const ids = z.union([z.number().int().transform((id) => [id]), z.array(z.number(
 export interface FolderModel {
   readonly gguf: GgufFile;
   readonly tokenizer: Tokenizer;
+  /** What the user should know of its weights. */
+  readonly warnings: readonly string[];
 }
 
 /** Whether a path is a folder that holds a model. */
@@ -68,6 +70,7 @@ export function readModelFolder(folder: string): FolderModel {
       ...(type.normOffset === undefined ? {} : { normOffset: type.normOffset }),
     },
     tokenizer,
+    warnings: grownWarnings(tensors.values()),
   };
 }
 

@@ -5,6 +5,7 @@
  * @module
  */
 import { basename } from "node:path";
+import { storedBytes, tensorBytes } from "../bus/shard.ts";
 import type { TensorLayout, TensorRef } from "../bus/shard.ts";
 import { UnsupportedModelError } from "./errors.ts";
 import type { TensorInfo } from "./gguf.ts";
@@ -15,6 +16,8 @@ import type { SafetensorInfo } from "./safetensors.ts";
 /** GGUF's numbers of types. */
 const TYPES: Readonly<Record<string, number>> = { F32: 0, F16: 1, BF16: 30, U8: 24, I32: 26 };
 const FLOATS = ["F32", "F16", "BF16"];
+/** How many times a file's bytes a matrix may take in memory without a warning. */
+const MUCH_MORE = 1.25;
 /** Weights of a block of BitNet's kind in the kernels. */
 const TERNARY_BLOCK = 128;
 
@@ -254,8 +257,10 @@ function quantised(
   const [count, rows] = [scales.shape[0]!, scales.shape[1]!];
   const shape = (cols: number) => [cols, rows];
   const groupOf = (cols: number, size: number | null | undefined) => {
-    const group = size === null || size === undefined || size <= 0 ? cols : size;
-    if (Math.ceil(cols / group) !== count) throw fail(`has ${count} groups, not those of ${group} columns`);
+    const configured = size === null || size === undefined || size <= 0 ? cols : size;
+    // Rules by modules' names (`dynamic`) may have changed it.
+    const group = Math.ceil(cols / configured) === count ? configured : cols / count;
+    if (!Number.isInteger(group)) throw fail(`has ${count} groups, not those of ${configured} columns`);
     return group >= cols ? 0 : group;
   };
   const parts = { scales: ref(scales), zeros: ref(zeros) };
@@ -283,10 +288,28 @@ function quantised(
       `tensor ${index.name} is ${index.dtype} of ${index.shape.join(" × ")}, not I32 of ${cols}`,
     );
   }
-  const group = ordered ? 0 : groupOf(cols, quantization.group_size);
+  const group = ordered ? Math.ceil(cols / count) : groupOf(cols, quantization.group_size);
   const zero = format === "gptq" ? 1 : 0;
   const layout = { kind: "gptq", bits, zero, group, ...parts, ...(ordered ? { index: ref(index) } : {}) } as const;
   return { ...ref(codes), shape: shape(cols), layout };
+}
+
+/** What the user should know of matrices that take much more memory than in their files. */
+export function grownWarnings(tensors: Iterable<TensorInfo>): string[] {
+  const grown = [...tensors].flatMap((tensor): TensorRef[] =>
+    tensor.layout?.kind === "parts" ? tensor.layout.parts : [{ ...tensor, shape: [...tensor.shape] }]
+  ).filter((tensor) => ["gptq", "awq"].includes(tensor.layout?.kind ?? ""))
+    .filter((tensor) => tensorBytes(tensor) > MUCH_MORE * storedBytes(tensor));
+  const [first] = grown;
+  if (first === undefined) return [];
+  const megabytes = (bytes: (tensor: TensorRef) => number) =>
+    `${(grown.reduce((sum, tensor) => sum + bytes(tensor), 0) / 1e6).toFixed(1)} MB`;
+  return [
+    `matrices quantised in small or odd groups (${grown.length}, the first is ${first.name}) take ` +
+    `${megabytes(tensorBytes)} of memory, ${
+      megabytes(storedBytes)
+    } in their files: groups are padded to 32, 64 or 128 columns`,
+  ];
 }
 
 /** BitNet's matrix, four rows a byte. */

@@ -80,7 +80,7 @@ export function loadModel(path: string): Promise<LoadedModel> {
     const metadata = new Metadata(gguf);
     const token = (id: number | undefined) => id === undefined ? undefined : tokenizer.tokenText(id);
     const tokens = { bos: token(tokenizer.bosId), eos: token([...tokenizer.eosIds][0]) };
-    const warnings = [...tokenizer.warnings];
+    const warnings = [...tokenizer.warnings, ...folder?.warnings ?? []];
     let chatTemplate: ChatTemplate;
     try {
       chatTemplate = new ChatTemplate(metadata.string("tokenizer.chat_template"), tokens);

@@ -102,6 +102,8 @@ Deno.test("loadModel: a folder that cannot be run says which part is wrong", () 
         [{ model_type: "otter" }, /"otter" is not supported in safetensors; there are llama/],
         [{ hidden_size: "64" }, /hidden_size is wrong/],
         [{ quantization_config: { quant_method: "fp8" } }, /quantised by fp8 are not supported; there are gptq, awq/],
+        [{ quantization_config: { quant_method: "compressed-tensors" } }, /quantised by compressed-tensors are not/],
+        [{ quantization_config: { quant_method: "auto-round" } }, /quantised by auto-round are not supported/],
         [{ quantization_config: { quant_method: 4 } }, /quantization_config.quant_method is wrong/],
         [{ rope_scaling: { rope_type: "llama3", factor: 8 } }, /rope scaling llama3 has no low_freq_factor/],
         [{ rope_scaling: { rope_type: "dynamic", factor: 8 } }, /rope scaling dynamic is not supported/],
@@ -131,6 +133,41 @@ Deno.test("loadModel: a folder that cannot be run says which part is wrong", () 
       writeSafetensors({ "model.norm.weight": { dtype: "I64", shape: [1], data: new Uint8Array(8) } }),
     );
     await refused(UnsupportedModelError, /model\.norm\.weight has type I64/);
+  }));
+
+Deno.test("loadModel: a quantised folder in another layout is refused by its name, and one that grows says how much", () =>
+  withFolder(async (folder) => {
+    const load = (name: string, quantization: object) => {
+      const source = fixture(`folders/${name}`);
+      const config = JSON.parse(Deno.readTextFileSync(join(source, "config.json")));
+      Object.assign(config.quantization_config, quantization);
+      Deno.writeTextFileSync(join(folder, "config.json"), JSON.stringify(config));
+      Deno.copyFileSync(join(source, "model.safetensors"), join(folder, "model.safetensors"));
+      Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+      return loadModel(folder);
+    };
+    for (
+      const [name, quantization, message] of [
+        ["gptq-2", { checkpoint_format: "marlin" }, /qweight is in format marlin; there are gptq and gptq_v2/],
+        ["gptq-2", { quant_method: "awq" }, /does not fit its scales/],
+        ["awq", { version: "gemv" }, /in AWQ's gemv layout; only gemm is supported/],
+        ["awq", { quant_method: "bitnet" }, /qweight is not BitNet's/],
+        ["bitnet", { use_rms_norm: true }, /norms within BitNet's linear layers/],
+        ["bitnet", { quant_method: "gptq" }, /its configuration is not BitNet's/],
+      ] as const
+    ) {
+      await assert.rejects(load(name, quantization), (error) => {
+        assert.ok(error instanceof UnsupportedModelError, String(error));
+        assert.match(error.message, message);
+        return true;
+      });
+    }
+    assert.deepEqual((await load("gptq-4-act-order", {})).warnings, []);
+    const { warnings } = await load("gptq-8-group-4", {});
+    assert.match(
+      warnings.join(),
+      /small or odd groups \(7, the first is blk\.0\.\w+\.weight\) take [\d.]+ MB of memory, [\d.]+ MB in/,
+    );
   }));
 
 Deno.test("loadModel: a folder whose files are damaged anywhere loads, or is refused with an error of its kind", () =>

@@ -60,8 +60,8 @@ pub struct Rows {
 pub enum Layout {
     /// Floats, columns one after the other.
     Transposed,
-    /// `pack::grouped`'s GPTQ; what is stored at the tensor's own place are the codes. Without `index`, `group` columns after the
-    /// other share a group, or all if it is 0. `zero` is added to stored zero points.
+    /// `pack::grouped`'s GPTQ; what is stored at the tensor's own place are the codes. `group` columns after the other share a
+    /// group, or all if it is 0, unless `index` says the group of each. `zero` is added to stored zero points.
     Gptq {
         bits: usize,
         zero: u32,

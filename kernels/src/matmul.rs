@@ -165,7 +165,8 @@ impl Activations {
         Self { precision, ..Self::default() }
     }
 
-    /// `prepare` with the columns of `x` in another order, if there is one: place i takes `order[i]`, below `k`.
+    /// `prepare` with the columns of `x` in another order, if there is one: place i takes `order[i]`, below `k`; products are with
+    /// weights of as many columns as there are places.
     #[allow(clippy::too_many_arguments)]
     pub fn prepare_in_order(
         &mut self,
@@ -181,7 +182,7 @@ impl Activations {
         let mut gathered = std::mem::take(&mut self.gathered);
         gathered.clear();
         x.chunks_exact(k).for_each(|x| gathered.extend(order.iter().map(|&from| x[from as usize])));
-        self.prepare(ks, &gathered, n, k, forms, pool);
+        self.prepare(ks, &gathered, n, order.len(), forms, pool);
         self.gathered = gathered;
     }
 

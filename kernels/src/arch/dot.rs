@@ -142,6 +142,8 @@ pub(crate) const SUB8: u8 = 7;
 pub(crate) const SUB6_OF_32: u8 = 8;
 pub(crate) const F16_ZERO4: u8 = 9;
 pub(crate) const F16_ZERO8: u8 = 10;
+pub(crate) const F32_ZERO4: u8 = 11;
+pub(crate) const F32_ZERO8: u8 = 12;
 
 /// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
 /// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
@@ -198,6 +200,8 @@ pub(super) const fn scale_bytes(scale: u8) -> usize {
             F16 | SUB6 | SUB6_OF_32 | SUB8 => 2,
             F16_ZERO8 => 3,
             F16_ZERO4 => return FIELD_TILE * 5 / 2,
+            F32_ZERO4 => return FIELD_TILE * 9 / 2,
+            F32_ZERO8 => 5,
             _ => 4,
         }
 }
@@ -343,6 +347,8 @@ pub(super) unsafe fn scale<D: Dot, const SCALE: u8>(args: &TileArgs, at: *const 
             }
             D::load_float(halves.as_ptr())
         }
+        // Scales lie at multiples of 4: codes before them are whole words, and so are groups.
+        F32_ZERO4 | F32_ZERO8 => D::load_float(at.add(4 * D::LANES * chunk).cast()),
         _ => D::load_half(at.add(2 * D::LANES * chunk)),
     }
 }
@@ -454,6 +460,12 @@ unsafe fn placed_total<D: Dot>(sums: &[D::Int; SUMS], width: usize) -> D::Int {
     total
 }
 
+/// Whether zero points have 8 bits.
+#[inline(always)]
+const fn is_wide_zero(scale: u8) -> bool {
+    matches!(scale, F16_ZERO8 | F32_ZERO8)
+}
+
 /// acc = fma(d·d_a, sum − z·Σ a, acc), then for a minimum fma(m·d_a, Σ a, acc); `at` is the place of the activations' group.
 #[inline(always)]
 unsafe fn finish<D: Dot, const SCALE: u8>(
@@ -466,10 +478,12 @@ unsafe fn finish<D: Dot, const SCALE: u8>(
     acc: &mut D::Float,
 ) {
     let a = D::splat_float(*args.scales.get_unchecked(at));
-    let sum = if matches!(SCALE, F16_ZERO4 | F16_ZERO8) {
-        let zeros = scales.add(2 * FIELD_TILE + D::LANES / 2 * chunk);
+    let has_zeros = matches!(SCALE, F16_ZERO4 | F16_ZERO8 | F32_ZERO4 | F32_ZERO8);
+    let sum = if has_zeros {
+        let d_bytes = if matches!(SCALE, F32_ZERO4 | F32_ZERO8) { 4 } else { 2 };
+        let zeros = scales.add(d_bytes * FIELD_TILE + D::LANES / 2 * chunk);
         let mut zero = D::nibbles(zeros);
-        if SCALE == F16_ZERO8 {
+        if is_wide_zero(SCALE) {
             zero = D::or(zero, D::shl(D::nibbles(zeros.add(FIELD_TILE / 2)), 4));
             zero = D::sub(zero, D::splat(128)); // as the codes
         }
@@ -477,7 +491,7 @@ unsafe fn finish<D: Dot, const SCALE: u8>(
     } else {
         sum
     };
-    let sum = if SCALE == F16_ZERO8 { D::to_float(sum) } else { D::small_to_float(sum) };
+    let sum = if is_wide_zero(SCALE) { D::to_float(sum) } else { D::small_to_float(sum) };
     *acc = D::fma(D::mul_float(d, a), sum, *acc);
     if SCALE == F16_MIN {
         let m = D::load_half(scales.add(2 * (FIELD_TILE + D::LANES * chunk)));
@@ -865,7 +879,7 @@ pub(crate) use dot_kernels;
 macro_rules! dot_table {
     ($name:ident, $trits:pat $(, $first:expr)*) => {
         fn $name(form: PackedForm) -> &'static [Variant] {
-            use $crate::arch::dot::{E8M0, F16, F16_MIN, F16_ZERO4, F16_ZERO8, TENSOR};
+            use $crate::arch::dot::{E8M0, F16, F16_MIN, F16_ZERO4, F16_ZERO8, F32_ZERO4, F32_ZERO8, TENSOR};
             use $crate::arch::dot::{IQ1, IQ2, IQ3_S, IQ3_XXS, IQ4_NL, MXFP4};
             use $crate::arch::dot::{SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8};
             use $crate::pack::{Codes, ScaleKind as S, Values};
@@ -901,6 +915,10 @@ macro_rules! dot_table {
                 (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<3, F16_ZERO4, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<4, F16_ZERO4, 0>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F16Zero8, _) => const { &[$($first,)* dot(flat::<8, F16_ZERO8, 0>)] },
+                (Codes::Fields(2), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<2, F32_ZERO4, 0>)] },
+                (Codes::Fields(3), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<3, F32_ZERO4, 0>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<4, F32_ZERO4, 0>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F32Zero8, _) => const { &[$($first,)* dot(flat::<8, F32_ZERO8, 0>)] },
                 (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[$($first,)* dot(nested::<6, SUB8>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<8, F16, 1>)] },
                 ($trits, Values::Offset(_), S::F16, 256) => const { &[$($first,)* dot(trits::<256>)] },

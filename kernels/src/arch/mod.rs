@@ -60,11 +60,12 @@ mod tests {
                 _ => (3, &[-1, 0]),
             };
             let kinds = offsets.iter().flat_map(|&offset| [(offset, ScaleKind::F16), (offset, ScaleKind::F16Min)]);
-            let kinds = kinds.chain(match codes {
-                Codes::Fields(2..=4) => Some((0, ScaleKind::F16Zero4)),
-                Codes::Fields(8) => Some((0, ScaleKind::F16Zero8)),
-                _ => None,
-            });
+            let with_zeros: &[ScaleKind] = match codes {
+                Codes::Fields(2..=4) => &[ScaleKind::F16Zero4, ScaleKind::F32Zero4],
+                Codes::Fields(8) => &[ScaleKind::F16Zero8, ScaleKind::F32Zero8],
+                _ => &[],
+            };
+            let kinds = kinds.chain(with_zeros.iter().map(|&scale| (0, scale)));
             for group in [32u16, 64, 96, 128, 256] {
                 for (offset, scale) in kinds.clone() {
                     let form = PackedForm { codes, values: Values::Offset(offset), group, scale };

@@ -5,11 +5,14 @@
 //! every row, words of all rows side by side; `qzeros` a stream along the rows for every group. AWQ ("gemm"): both are
 //! streams along the rows, for every column and every group, and of eight rows those with even places come first.
 //!
-//! GPTQ's act-order (`g_idx`) spreads the columns of a group. Packed rows have them together: `Grouped::order` says which column
-//! stands at each place, and whoever multiplies gathers activations alike.
+//! GPTQ's act-order (`g_idx`) spreads the columns of a group. Packed rows have them together: `Arrangement::order` says which
+//! column stands at each place, and whoever multiplies gathers activations alike. Groups of other sizes than the types' are padded:
+//! a place that names the column before it once more has the weight 0. Scales that no f16 holds go to types with f32 ones,
+//! and groups so small that padding would be larger than floats, to F32. All of it is exact.
 
 use super::source::SourceType;
 use crate::error::{Error, Result};
+use crate::ops::{f16_to_f32, f32_to_f16};
 use crate::pool::Pool;
 use std::sync::Mutex;
 
@@ -38,16 +41,19 @@ pub struct Grouped<'a> {
     /// int32 words, little-endian.
     pub codes: &'a [u8],
     pub zeros: &'a [u8],
-    /// f16 bits; `rows` for every group.
-    pub scales: Vec<u16>,
+    /// `rows` for every group.
+    pub scales: Vec<f32>,
     /// The group of every column.
     pub groups: Vec<u32>,
 }
 
-/// How a matrix is packed: its type, and the column at every place if that is another one.
+/// How a matrix is packed.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Arrangement {
     pub ty: SourceType,
+    /// Weights of a row, those that pad it included.
+    pub cols: usize,
+    /// The column at every place, if that is another one.
     pub order: Option<Vec<u32>>,
 }
 
@@ -109,23 +115,33 @@ impl Grouped<'_> {
         }
         let mut order: Vec<u32> = (0..cols as u32).collect();
         order.sort_by_key(|&k| self.groups[k as usize]); // stable
-        let mut sizes = vec![0usize; count];
-        self.groups.iter().for_each(|&group| sizes[group as usize] += 1);
-        let group = [128, 64, 32].into_iter().find(|group| sizes.iter().all(|size| size % group == 0));
-        let ty = group.and_then(|group| SourceType::with_zero_point(bits, group)).ok_or_else(|| {
-            let odd = sizes.iter().find(|&&size| size % 32 != 0).expect("else it were a multiple of 32");
-            Error::unsupported(format!(
-                "a group has {odd} columns; only multiples of 32 are supported: quantise with groups of 32, 64 or 128"
-            ))
-        })?;
-        let moved = order.iter().enumerate().any(|(place, &k)| place != k as usize);
-        Ok(Arrangement { ty, order: moved.then_some(order) })
+        let members: Vec<&[u32]> =
+            order.chunk_by(|&a, &b| self.groups[a as usize] == self.groups[b as usize]).collect();
+        let wide = self.scales.iter().any(|&scale| !is_half(scale));
+        let padded = [128, 64, 32].into_iter().filter_map(|size| {
+            let ty = SourceType::with_zero_point(bits, size, wide)?;
+            Some((ty, members.iter().map(|group| group.len().next_multiple_of(size)).sum::<usize>()))
+        });
+        let candidates = padded.chain([(SourceType::F32, cols)]);
+        let bytes = |&(ty, cols): &(SourceType, usize)| ty.row_bytes(cols).expect("whole blocks");
+        let (ty, places) = candidates.min_by_key(bytes).expect("there is F32");
+        if ty == SourceType::F32 {
+            return Ok(Arrangement { ty, cols, order: None });
+        }
+        let mut padded = Vec::with_capacity(places);
+        for group in members {
+            padded.extend_from_slice(group);
+            let last = *group.last().expect("no group is empty");
+            padded.resize(padded.len() + group.len().next_multiple_of(ty.block_elements()) - group.len(), last);
+        }
+        let moved = padded.iter().enumerate().any(|(place, &k)| place != k as usize);
+        Ok(Arrangement { ty, cols: places, order: moved.then_some(padded) })
     }
 
     /// The rows that `rows` names, in blocks of the arrangement's type.
     pub fn blocks(&self, arrangement: &Arrangement, rows: &[usize], pool: &Pool) -> Result<Vec<u8>> {
-        let row_bytes = arrangement.ty.row_bytes(self.cols)?;
-        let mut out = vec![0; arrangement.ty.tensor_bytes(rows.len(), self.cols)?];
+        let row_bytes = arrangement.ty.row_bytes(arrangement.cols)?;
+        let mut out = vec![0; arrangement.ty.tensor_bytes(rows.len(), arrangement.cols)?];
         let parts: Vec<_> = out.chunks_mut(ROWS * row_bytes).zip(rows.chunks(ROWS)).map(Mutex::new).collect();
         pool.run(parts.len(), &|i| {
             let mut part = parts[i].lock().expect("no panic while it is held");
@@ -195,22 +211,45 @@ impl Grouped<'_> {
 
     fn write_row(&self, arrangement: &Arrangement, row: usize, codes: &[u8], out: &mut [u8]) {
         let (ty, bits) = (arrangement.ty, self.format.bits());
-        let columns = |first: usize, i: usize| match &arrangement.order {
-            Some(order) => order[first + i] as usize,
-            None => first + i,
-        };
+        if ty == SourceType::F32 {
+            for ((weight, &code), &group) in out.chunks_exact_mut(4).zip(codes).zip(&self.groups) {
+                let zero = self.zero(group as usize, row);
+                let scale = self.scales[group as usize * self.rows + row];
+                weight.copy_from_slice(&(scale * (code as i32 - zero as i32) as f32).to_le_bytes());
+            }
+            return;
+        }
         let size = ty.block_elements();
         for (g, block) in out.chunks_exact_mut(ty.block_bytes()).enumerate() {
-            let group = self.groups[columns(g * size, 0)] as usize;
-            block[..2].copy_from_slice(&self.scales[group * self.rows + row].to_le_bytes());
-            block[2] = self.zero(group, row);
-            for (i, bytes) in block[3..].chunks_exact_mut(bits).enumerate() {
-                let eight =
-                    (0..8).fold(0u64, |eight, j| eight | (codes[columns(g * size, 8 * i + j)] as u64) << (bits * j));
+            let column = |place: usize| arrangement.order.as_ref().map_or(place, |order| order[place] as usize);
+            let group = self.groups[column(g * size)] as usize;
+            let (scale, zero) = (self.scales[group * self.rows + row], self.zero(group, row));
+            if ty.has_wide_scale() {
+                block[..4].copy_from_slice(&scale.to_le_bytes());
+            } else {
+                block[..2].copy_from_slice(&f32_to_f16(scale).to_le_bytes());
+            }
+            block[ty.zero_at()] = zero;
+            let code = |i: usize| {
+                let (place, k) = (g * size + i, column(g * size + i));
+                let pads = i > 0 && column(place - 1) == k;
+                if pads {
+                    zero as u64
+                } else {
+                    codes[k] as u64
+                }
+            };
+            for (i, bytes) in block[ty.zero_at() + 1..].chunks_exact_mut(bits).enumerate() {
+                let eight = (0..8).fold(0, |eight, j| eight | code(8 * i + j) << (bits * j));
                 bytes.copy_from_slice(&eight.to_le_bytes()[..bits]);
             }
         }
     }
+}
+
+/// Whether an f16 holds this exactly; NaNs count as one.
+fn is_half(value: f32) -> bool {
+    f16_to_f32(f32_to_f16(value)) == value || value.is_nan()
 }
 
 #[cfg(test)]
@@ -255,10 +294,21 @@ mod tests {
         let formats = [2, 3, 4, 8].into_iter().flat_map(|bits| [0, 1].map(|zero| Format::Gptq { bits, zero }));
         for format in formats.chain([Format::Awq]) {
             let bits = format.bits();
-            const SHAPES: [(usize, usize, usize); 6] =
-                [(32, 32, 32), (64, 192, 64), (96, 256, 256), (32, 384, 128), (32, 160, 96), (64, 512, 512)];
+            const SHAPES: [(usize, usize, usize); 11] = [
+                (32, 32, 32),
+                (64, 192, 64),
+                (96, 256, 256),
+                (32, 384, 128),
+                (32, 160, 96),
+                (64, 512, 512),
+                (32, 96, 16),
+                (32, 64, 8),
+                (64, 160, 24),
+                (32, 288, 127),
+                (32, 32, 1),
+            ];
             for (rows, cols, size) in SHAPES {
-                for act_order in [false, true] {
+                for (act_order, wide) in [(false, false), (true, false), (false, true), (true, true)] {
                     let count = cols.div_ceil(size);
                     let mut groups: Vec<u32> = (0..cols).map(|k| (k / size) as u32).collect();
                     if act_order {
@@ -267,7 +317,9 @@ mod tests {
                     let mut field = |n: usize| (0..n).map(|_| random.below(1 << bits)).collect::<Vec<_>>();
                     let codes: Vec<Vec<usize>> = (0..rows).map(|_| field(cols)).collect();
                     let zeros: Vec<Vec<usize>> = (0..count).map(|_| field(rows)).collect();
-                    let scales: Vec<u16> = (0..count * rows).map(|_| 0x2000 + random.below(0x1000) as u16).collect();
+                    let scales: Vec<f32> = (0..count * rows)
+                        .map(|_| f16_to_f32(0x2000 + random.below(0x1000) as u16) * if wide { 1.1 } else { 1.0 })
+                        .collect();
                     let (code_words, zero_words) = match format {
                         Format::Gptq { .. } => (
                             columns(&codes.iter().map(|row| stream(row, bits)).collect::<Vec<_>>()),
@@ -292,29 +344,46 @@ mod tests {
                         groups: groups.clone(),
                     };
                     let arrangement = grouped.arrangement().unwrap();
-                    let what = format!("{format:?} {rows} × {cols}, groups of {size}, act-order {act_order}");
-                    assert_eq!(arrangement.order.is_some(), act_order && count > 1, "{what}");
+                    let what =
+                        format!("{format:?} {rows} × {cols}, groups of {size}, act-order {act_order}, wide {wide}");
                     let ty = arrangement.ty;
+                    if size % 32 == 0 {
+                        assert_eq!(arrangement.order.is_some(), act_order && count > 1, "{what}");
+                        assert_eq!(arrangement.cols, cols, "{what}");
+                    }
+                    assert_eq!(ty.has_wide_scale(), wide && ty != SourceType::F32, "{what}");
+                    // Never more than floats, and of groups that fit, no more than they need.
+                    let row_bytes = ty.row_bytes(arrangement.cols).unwrap();
+                    assert!(row_bytes <= 4 * cols, "{what}: {ty:?} × {}", arrangement.cols);
+                    if size == 1 {
+                        assert_eq!(ty, SourceType::F32, "{what}");
+                    }
                     // Any choice of rows, in any order.
                     let chosen: Vec<usize> = (0..rows - 5).map(|i| (i * 7 + 3) % rows).collect();
                     let bytes = grouped.blocks(&arrangement, &chosen, &pool).unwrap();
-                    let mut weights = vec![0f32; chosen.len() * cols];
+                    let places = arrangement.cols;
+                    let mut weights = vec![0f32; chosen.len() * places];
                     dequantize(ty, &bytes, &mut weights).unwrap();
-                    let packed = pack(ty, &bytes, chosen.len(), cols, &pool).unwrap();
+                    let packed = pack(ty, &bytes, chosen.len(), places, &pool).unwrap();
                     assert_eq!(packed.form, PackedForm::of(ty));
-                    let mut unpacked = vec![0f32; cols];
-                    for (i, (&row, weights)) in chosen.iter().zip(weights.chunks_exact(cols)).enumerate() {
+                    let mut unpacked = vec![0f32; places];
+                    for (i, (&row, weights)) in chosen.iter().zip(weights.chunks_exact(places)).enumerate() {
                         packed.unpack_row(i, &mut unpacked);
                         assert_eq!(unpacked, weights, "{what}");
+                        let mut seen = vec![false; cols];
                         for (place, &weight) in weights.iter().enumerate() {
                             let k = arrangement.order.as_ref().map_or(place, |order| order[place] as usize);
+                            if std::mem::replace(&mut seen[k], true) {
+                                assert_eq!(weight, 0.0, "{what}: place {place} pads row {row}");
+                                continue;
+                            }
                             let group = groups[k] as usize;
                             let added = if let Format::Gptq { zero, .. } = format { zero as usize } else { 0 };
                             let zero = (zeros[group][row] + added) % (1 << bits);
-                            let d = crate::ops::f16_to_f32(scales[group * rows + row]);
-                            let expected = d * (codes[row][k] as f32 - zero as f32);
+                            let expected = scales[group * rows + row] * (codes[row][k] as f32 - zero as f32);
                             assert_eq!(weight, expected, "{what}: row {row}, column {k}");
                         }
+                        assert!(seen.iter().all(|&seen| seen), "{what}: row {row}");
                     }
                 }
             }
@@ -332,7 +401,7 @@ mod tests {
                 cols,
                 codes: &words[..format.code_bytes(32, cols).unwrap_or(0)],
                 zeros: &words[..format.zero_bytes(32, scales / 32).unwrap_or(0)],
-                scales: vec![0; scales],
+                scales: vec![0.0; scales],
                 groups,
             };
             grouped.arrangement().map(|a| a.ty).map_err(|e| e.message)
@@ -343,8 +412,6 @@ mod tests {
         assert!(with(4, 32, vec![0; 31], 32).unwrap_err().contains("scales"));
         assert!(with(4, 32, vec![0; 32], 33).unwrap_err().contains("scales"));
         assert!(with(4, 31, vec![0; 31], 32).unwrap_err().contains("bytes are not"));
-        let sixteens = (0..32).map(|k| k / 16).collect();
-        assert!(with(4, 32, sixteens, 64).unwrap_err().contains("16 columns; only multiples of 32"));
     }
 
     /// The arrays of a NumPy archive, by name: what follows their headers.
@@ -372,7 +439,7 @@ mod tests {
     /// AutoGPTQ's vectors: 256 × 256 codes of 4 bits in groups of 128, stored zero points one too small, and what its CUDA kernels gave.
     #[test]
     fn autogptqs_vectors_are_met() {
-        use crate::{matmul, ops::f16_to_f32, select, Activations, Precision};
+        use crate::{matmul, select, Activations, Precision};
         let data = std::env::var_os("LUTRA_DATA").map(std::path::PathBuf::from);
         let data = data.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/data").into());
         if !data.exists() {
@@ -399,7 +466,7 @@ mod tests {
                 cols: SIZE,
                 codes: array("qweight"),
                 zeros: array("qzeros"),
-                scales: halves("scales"),
+                scales: halves("scales").into_iter().map(f16_to_f32).collect(),
                 groups: (0..SIZE as u32).map(|k| k / 128).collect(),
             };
             let arrangement = grouped.arrangement().unwrap();

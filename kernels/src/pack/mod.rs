@@ -21,6 +21,7 @@ pub(crate) mod trits;
 use crate::bandwidth::Reading;
 use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
+use crate::ops::f16_to_f32;
 use crate::pool::Pool;
 pub(crate) use buffer::Buffer;
 use scales::RowScales;
@@ -116,6 +117,10 @@ pub enum ScaleKind {
     F16Zero4,
     /// d·(value + 128 − z), an f16 and a byte of the group.
     F16Zero8,
+    /// As F16Zero4 with an f32 for d.
+    F32Zero4,
+    /// As F16Zero8 with an f32 for d.
+    F32Zero8,
     /// 2^(e − 128)·value, e a byte of the group.
     E8M0,
     /// d·value, one f32 for the whole matrix.
@@ -196,7 +201,13 @@ impl PackedForm {
             T::L3 => both(3, offset(0), 128, F16Min),
             _ => {
                 let (bits, group) = ty.zero_point().expect("all others were named");
-                one(bits as u8, offset(0), group as u16, if bits == 8 { F16Zero8 } else { F16Zero4 })
+                let scale = match (bits, ty.has_wide_scale()) {
+                    (8, false) => F16Zero8,
+                    (8, true) => F32Zero8,
+                    (_, false) => F16Zero4,
+                    (_, true) => F32Zero4,
+                };
+                one(bits as u8, offset(0), group as u16, scale)
             }
         }
     }
@@ -457,7 +468,8 @@ impl PackedMatrix {
             for row in first..rows.min(first + form.tile_rows()) {
                 let groups = tile.chunks_exact_mut(form.group_tile_bytes());
                 for (group, codes) in groups.zip(codes[row * cols..][..cols].chunks_exact(form.group as usize)) {
-                    let mut block = Block { scale: d, min: m, ..Block::EMPTY };
+                    let wide_scale = f16_to_f32(d).to_bits();
+                    let mut block = Block { scale: d, wide_scale, min: m, ..Block::EMPTY };
                     block.codes[..codes.len()].copy_from_slice(codes);
                     form.put(group, row - first, &block);
                 }

@@ -5,7 +5,7 @@ use super::codebooks::{self, even_signs};
 use super::fields::{parts, place, UNIT, WORD};
 use super::planes::TILE;
 use super::source::{
-    iq1_m_scale, iq1_m_sub_scale, iq4_scale, scale_6, scale_min_6, signs_at, tq1_trit, zero_of, Block,
+    iq1_m_scale, iq1_m_sub_scale, iq4_scale, scale_6, scale_min_6, signs_at, tq1_trit, wide_scale, zero_of, Block,
 };
 use super::trits::encode;
 use super::*;
@@ -187,11 +187,12 @@ fn read(ty: SourceType, block: &[u8]) -> Block {
         F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
         _ => {
             let (n, group) = ty.zero_point().unwrap();
+            let bytes = &block[ty.zero_at() + 1..];
             for (k, code) in b.codes[..group].iter_mut().enumerate() {
-                *code = (0..n).fold(0, |code, i| code | (block[3 + (n * k + i) / 8] >> ((n * k + i) % 8) & 1) << i);
+                *code = (0..n).fold(0, |code, i| code | (bytes[(n * k + i) / 8] >> ((n * k + i) % 8) & 1) << i);
                 *code ^= if n == 8 { 128 } else { 0 };
             }
-            (b.scale, b.min) = (half(0), zero_of(n, block) as u16);
+            (b.scale, b.wide_scale, b.min) = (half(0), wide_scale(block), zero_of(ty, block) as u16);
         }
     }
     b

@@ -10,7 +10,7 @@
 //! - `Sub6Of32`: word 0 the low four bits of quads 0 and 1, word 1 the upper two bits, likewise.
 //! - `Sub8`: word t has the bytes of quad t.
 //!
-//! Zero points follow d: four bits of every row, of even rows in the low nibbles; of `F16Zero8` then the upper four likewise.
+//! Zero points follow d: four bits of every row, of even rows in the low nibbles; of 8 bits then the upper four likewise.
 
 use super::source::Block;
 use super::{PackedForm, ScaleKind, MAX_SUBS};
@@ -53,6 +53,15 @@ impl ScaleKind {
         matches!(self, ScaleKind::F16Min | ScaleKind::Sub4Min | ScaleKind::Sub6Min)
     }
 
+    /// Bytes of d of kinds that zero points follow.
+    fn d_bytes(self) -> usize {
+        if matches!(self, ScaleKind::F32Zero4 | ScaleKind::F32Zero8) {
+            4
+        } else {
+            2
+        }
+    }
+
     /// Bytes of the sub-scales of `rows` rows.
     pub(crate) fn sub_bytes(self, rows: usize) -> usize {
         4 * rows * self.words()
@@ -63,8 +72,8 @@ impl ScaleKind {
         match self {
             ScaleKind::None | ScaleKind::Tensor => 0,
             ScaleKind::E8M0 => rows,
-            ScaleKind::F16Zero4 => 2 * rows + rows / 2,
-            ScaleKind::F16Zero8 => 3 * rows,
+            ScaleKind::F16Zero4 | ScaleKind::F32Zero4 => self.d_bytes() * rows + rows / 2,
+            ScaleKind::F16Zero8 | ScaleKind::F32Zero8 => (self.d_bytes() + 1) * rows,
             _ => self.sub_bytes(rows) + rows * if self.has_min() { 4 } else { 2 },
         }
     }
@@ -115,17 +124,21 @@ pub(super) fn put(form: PackedForm, subs: &mut [u8], scales: &mut [u8], row: usi
     match kind {
         ScaleKind::None | ScaleKind::Tensor => {}
         ScaleKind::E8M0 => scales[row] = block.scale as u8,
+        ScaleKind::F16Zero4 | ScaleKind::F16Zero8 | ScaleKind::F32Zero4 | ScaleKind::F32Zero8 => {
+            match kind.d_bytes() {
+                4 => scales[4 * row..][..4].copy_from_slice(&block.wide_scale.to_le_bytes()),
+                _ => scales[2 * row..][..2].copy_from_slice(&block.scale.to_le_bytes()),
+            }
+            let (at, shift) = (kind.d_bytes() * rows + row / 2, row % 2 * 4);
+            scales[at] |= (block.min as u8 & 15) << shift;
+            if matches!(kind, ScaleKind::F16Zero8 | ScaleKind::F32Zero8) {
+                scales[at + rows / 2] |= (block.min as u8 >> 4) << shift;
+            }
+        }
         _ => {
             scales[2 * row..][..2].copy_from_slice(&block.scale.to_le_bytes());
             if kind.has_min() {
                 scales[2 * (rows + row)..][..2].copy_from_slice(&block.min.to_le_bytes());
-            }
-            let (at, shift) = (2 * rows + row / 2, row % 2 * 4);
-            if matches!(kind, ScaleKind::F16Zero4 | ScaleKind::F16Zero8) {
-                scales[at] |= (block.min as u8 & 15) << shift;
-            }
-            if kind == ScaleKind::F16Zero8 {
-                scales[at + rows / 2] |= (block.min as u8 >> 4) << shift;
             }
         }
     }
@@ -155,16 +168,22 @@ pub(super) fn get(form: PackedForm, subs: &[u8], scales: &[u8], row: usize, tens
     match kind {
         ScaleKind::None | ScaleKind::Tensor => {}
         ScaleKind::E8M0 => r.d = e8m0_half(scales[row]),
+        ScaleKind::F16Zero4 | ScaleKind::F16Zero8 | ScaleKind::F32Zero4 | ScaleKind::F32Zero8 => {
+            r.d = match kind.d_bytes() {
+                4 => f32::from_le_bytes(scales[4 * row..][..4].try_into().expect("4 bytes")),
+                _ => half(2 * row),
+            };
+            let nibble = |at: usize| (scales[at + row / 2] >> (row % 2 * 4) & 15) as i32;
+            let zeros = kind.d_bytes() * rows;
+            r.zero = nibble(zeros);
+            if matches!(kind, ScaleKind::F16Zero8 | ScaleKind::F32Zero8) {
+                r.zero = (r.zero | nibble(zeros + rows / 2) << 4) - 128;
+            }
+        }
         _ => {
             r.d = half(2 * row) * form.values.unit();
             if kind.has_min() {
                 r.min = half(2 * (rows + row));
-            }
-            let nibble = |at: usize| (scales[at + row / 2] >> (row % 2 * 4) & 15) as i32;
-            match kind {
-                ScaleKind::F16Zero4 => r.zero = nibble(2 * rows),
-                ScaleKind::F16Zero8 => r.zero = (nibble(2 * rows) | nibble(2 * rows + rows / 2) << 4) - 128,
-                _ => {}
             }
         }
     }

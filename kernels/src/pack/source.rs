@@ -88,6 +88,11 @@ pub enum SourceType {
     Z8_32 = 8032,
     Z8_64 = 8064,
     Z8_128 = 8128,
+    /// As Z2_32 with an f32 for d, and so on.
+    Z2_32F = 12032,
+    Z3_32F = 13032,
+    Z4_32F = 14032,
+    Z8_32F = 18032,
 }
 
 /// What the 4-bit codes of IQ4_NL are worth (ggml's `kvalues_iq4nl`).
@@ -110,7 +115,7 @@ pub(crate) const IQ3_XXS_VALUES: [i8; 16] = [2, 6, 10, 14, 18, 22, 26, 31, -2, -
 pub(crate) const IQ3_S_VALUES: [i8; 16] = [1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15];
 
 impl SourceType {
-    pub const ALL: [SourceType; 41] = [
+    pub const ALL: [SourceType; 45] = [
         SourceType::F32,
         SourceType::F16,
         SourceType::Q4_0,
@@ -152,6 +157,10 @@ impl SourceType {
         SourceType::Z8_32,
         SourceType::Z8_64,
         SourceType::Z8_128,
+        SourceType::Z2_32F,
+        SourceType::Z3_32F,
+        SourceType::Z4_32F,
+        SourceType::Z8_32F,
     ];
 
     /// The type with this id in a GGUF file.
@@ -163,12 +172,26 @@ impl SourceType {
     /// Bits of q and weights in a block of types d·(q − z), by their ids.
     pub(crate) fn zero_point(self) -> Option<(usize, usize)> {
         let id = self as usize;
-        (id >= 2000).then_some((id / 1000, id % 1000))
+        (id >= 2000).then_some((id / 1000 % 10, id % 1000))
+    }
+
+    /// Whether d of types d·(q − z) is an f32.
+    pub(crate) fn has_wide_scale(self) -> bool {
+        self as usize >= 10_000
     }
 
     /// The type d·(q − z) with these.
-    pub(crate) fn with_zero_point(bits: usize, group: usize) -> Option<Self> {
-        Self::ALL.into_iter().find(|ty| ty.zero_point() == Some((bits, group)))
+    pub(crate) fn with_zero_point(bits: usize, group: usize, wide: bool) -> Option<Self> {
+        Self::ALL.into_iter().find(|ty| ty.zero_point() == Some((bits, group)) && ty.has_wide_scale() == wide)
+    }
+
+    /// Where z is in a block of types d·(q − z); codes follow.
+    pub(crate) fn zero_at(self) -> usize {
+        if self.has_wide_scale() {
+            4
+        } else {
+            2
+        }
     }
 
     /// Weights in a block.
@@ -191,7 +214,7 @@ impl SourceType {
     pub fn block_bytes(self) -> usize {
         use SourceType::*;
         if let Some((bits, group)) = self.zero_point() {
-            return 3 + bits * group / 8;
+            return self.zero_at() + 1 + bits * group / 8;
         }
         match self {
             F32 => 4,
@@ -272,6 +295,8 @@ pub(super) struct Block {
     pub codes: [u8; MAX_GROUP],
     /// Bits of the scale d (f16; the exponent for MXFP4).
     pub scale: u16,
+    /// The same of types whose d is an f32.
+    pub wide_scale: u32,
     /// Bits of m, or of dmin; or z.
     pub min: u16,
     /// s and m of the subs: s unsigned, with 128 added for Q6_K; of the IQ types 2s + 1, with 32 added.
@@ -321,8 +346,14 @@ pub(super) fn iq1_m_sub_scale(block: &[u8], j: usize) -> u8 {
 }
 
 impl Block {
-    pub const EMPTY: Block =
-        Block { codes: [0; MAX_GROUP], scale: 0, min: 0, sub_scales: [0; MAX_SUBS], sub_mins: [0; MAX_SUBS] };
+    pub const EMPTY: Block = Block {
+        codes: [0; MAX_GROUP],
+        scale: 0,
+        wide_scale: 0,
+        min: 0,
+        sub_scales: [0; MAX_SUBS],
+        sub_mins: [0; MAX_SUBS],
+    };
 
     /// Takes one block apart; what its type does not have stays as it was. Loops run over whole bytes with one shift each, so
     /// that compilers make vectors of them: packing is as fast as reading a model file should be.
@@ -527,14 +558,16 @@ impl Block {
             F32 | F16 | BF16 => unreachable!("float weights are in no blocks"),
             _ => {
                 let (bits, group) = ty.zero_point().expect("all others were named");
-                let (codes, bytes) = (&mut self.codes[..group], &block[3..]);
+                let (codes, bytes) = (&mut self.codes[..group], &block[ty.zero_at() + 1..]);
                 match bits {
                     2 => stream::<2>(codes, bytes),
                     3 => stream::<3>(codes, bytes),
                     4 => stream::<4>(codes, bytes),
                     _ => codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte ^ 0x80),
                 }
-                (self.scale, self.min) = (half(0), zero_of(bits, block) as u16);
+                self.scale = half(0);
+                self.wide_scale = wide_scale(block);
+                self.min = zero_of(ty, block) as u16;
             }
         }
     }
@@ -605,8 +638,14 @@ fn stream<const N: usize>(codes: &mut [u8], bytes: &[u8]) {
 }
 
 /// z of a block of q − z.
-pub(super) fn zero_of(bits: usize, block: &[u8]) -> i32 {
-    block[2] as i32 & ((1 << bits) - 1)
+pub(super) fn zero_of(ty: SourceType, block: &[u8]) -> i32 {
+    let (bits, _) = ty.zero_point().expect("a type with zero points");
+    block[ty.zero_at()] as i32 & ((1 << bits) - 1)
+}
+
+/// Bits of d of a block of types whose d is an f32.
+pub(super) fn wide_scale(block: &[u8]) -> u32 {
+    u32::from_le_bytes([block[0], block[1], block[2], block[3]])
 }
 
 /// The f32 scale of an I2_S tensor of these bytes.
@@ -861,9 +900,10 @@ pub fn dequantize(ty: SourceType, src: &[u8], out: &mut [f32]) -> Result<()> {
             }
             _ => {
                 let (bits, _) = ty.zero_point().expect("all others were named");
-                let (d, z) = (half(b), zero_of(bits, b));
+                let d = if ty.has_wide_scale() { f32::from_bits(wide_scale(b)) } else { half(b) };
+                let (z, codes) = (zero_of(ty, b), &b[ty.zero_at() + 1..]);
                 for (k, y) in y.iter_mut().enumerate() {
-                    let bit = |i: usize| (b[3 + i / 8] >> (i % 8) & 1) as i32;
+                    let bit = |i: usize| (codes[i / 8] >> (i % 8) & 1) as i32;
                     *y = d * ((0..bits).map(|i| bit(bits * k + i) << i).sum::<i32>() - z) as f32;
                 }
             }

@@ -56,11 +56,11 @@ impl Shard {
         let ff = mlp.up.w.rows;
         // Without gate, `up` takes its place.
         let (first, second) = mlp.gate.as_ref().map_or((&mlp.up, None), |gate| (gate, Some(&mlp.up)));
-        let forms = [first.w.form, second.unwrap_or(first).w.form];
-        act.prepare_in_order(ks, x, first.order.as_deref(), n, first.w.cols, &forms, pool);
+        let together = |second: &Linear| same_order([first, second]);
+        let forms = [first.w.form, second.filter(|second| together(second)).unwrap_or(first).w.form];
+        act.prepare_in_order(ks, x, first.order.as_deref(), n, x.len() / n, &forms, pool);
         profile.end(Step::Quantize);
         let plain = |l: &Linear| l.scale.is_none() && l.bias.is_none();
-        let together = |second: &Linear| same_order([first, second]);
         if let Some(second) = second.filter(|second| plain(first) && plain(second) && together(second)) {
             resize(gate, n * ff);
             resize(up, n * ff);

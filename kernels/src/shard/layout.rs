@@ -3,7 +3,6 @@
 use crate::descriptor::{Layout, Rows, TensorRef};
 use crate::error::{Error, Result};
 use crate::mapping::ModelFiles;
-use crate::ops::f32_to_f16;
 use crate::pack::grouped::{Arrangement, Format, Grouped};
 use crate::pack::ternary::{ternarised, Quarters};
 use crate::pack::{dequantize, FloatKind, SourceType};
@@ -15,6 +14,7 @@ use std::borrow::Cow;
 pub(super) struct Stored<'a> {
     pub ty: SourceType,
     pub rows: usize,
+    /// Weights of a row, which may be more than the tensor has (`pack::grouped`).
     pub cols: usize,
     /// The column at every place, if it is another one.
     pub order: Option<Vec<u32>>,
@@ -48,20 +48,6 @@ pub(super) fn floats(files: &ModelFiles, t: &TensorRef) -> Result<Vec<f32>> {
     let mut out = vec![0.0; bytes.len() / ty.block_bytes() * ty.block_elements()];
     dequantize(ty, bytes, &mut out)?;
     Ok(out)
-}
-
-/// Scales as f16, which they must be exactly.
-fn scales(files: &ModelFiles, t: &TensorRef) -> Result<Vec<u16>> {
-    floats(files, t)?
-        .into_iter()
-        .map(|scale| {
-            let half = f32_to_f16(scale);
-            let exact = crate::ops::f16_to_f32(half) == scale || scale.is_nan();
-            exact.then_some(half).ok_or_else(|| {
-                Error::unsupported(format!("tensor {}: a scale is {scale}, which no 16-bit float is", t.name))
-            })
-        })
-        .collect()
 }
 
 /// The group of every column: as `index` says, or one after the other.
@@ -98,7 +84,7 @@ impl<'a> Stored<'a> {
                 cols,
                 codes: bytes,
                 zeros: files.tensor(z)?,
-                scales: scales(files, s)?,
+                scales: floats(files, s)?,
                 groups: groups(files, index, group, cols)?,
             };
             let arrangement = grouped.arrangement()?;
@@ -134,6 +120,7 @@ impl<'a> Stored<'a> {
             }
             Some(Layout::Parts { .. }) => return Err(Error::data("it is in parts")),
         };
+        let mut cols = cols;
         let (ty, order) = match &make {
             Make::AsIs(_) | Make::Rows(..) => (t.source_type()?, None),
             Make::Transposed(..) => {
@@ -141,7 +128,10 @@ impl<'a> Stored<'a> {
                 float_kind(ty)?;
                 (ty, None)
             }
-            Make::Grouped(_, arrangement, _) => (arrangement.ty, arrangement.order.clone()),
+            Make::Grouped(_, arrangement, _) => {
+                cols = arrangement.cols;
+                (arrangement.ty, arrangement.order.clone())
+            }
             Make::Quarters(..) | Make::Ternarised(..) => (SourceType::I2_S, None),
         };
         let how = t.rows.map_or(how.clone(), |rows| format!("{how} {rows:?}"));

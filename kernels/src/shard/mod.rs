@@ -187,14 +187,16 @@ impl Shard {
         let State { act, buffers: b, .. } = &mut *self.state();
         let mut time = Duration::ZERO;
         let _awake = self.pool.session();
-        let mut products = |k: usize, matrices: &mut dyn Iterator<Item = &PackedMatrix>| {
+        let mut products = |matrices: &mut dyn Iterator<Item = &PackedMatrix>| {
             let matrices: Vec<_> = matrices.collect();
-            let forms: Vec<_> = matrices.iter().map(|w| w.form).collect();
-            act.prepare(ks, &vec![1.0; n * k], n, k, &forms, &self.pool);
-            resize(&mut b.logits, n * matrices.iter().map(|w| w.rows).max().unwrap_or(0));
-            let start = Instant::now();
-            matrices.iter().for_each(|w| self.product(&self.pool, w, act, n, &mut b.logits));
-            time += start.elapsed();
+            for alike in matrices.chunk_by(|a, b| a.cols == b.cols) {
+                let (k, forms) = (alike[0].cols, alike.iter().map(|w| w.form).collect::<Vec<_>>());
+                act.prepare(ks, &vec![1.0; n * k], n, k, &forms, &self.pool);
+                resize(&mut b.logits, n * alike.iter().map(|w| w.rows).max().unwrap_or(0));
+                let start = Instant::now();
+                alike.iter().for_each(|w| self.product(&self.pool, w, act, n, &mut b.logits));
+                time += start.elapsed();
+            }
         };
         let layers = &self.weights.layers;
         // A token's experts are as good as any.
@@ -206,13 +208,13 @@ impl Shard {
                 FeedForward::Moe(moe) => moe.experts.iter().take(used).chain(&moe.shared).collect(),
             })
             .collect();
-        products(h.embedding, &mut layers.iter().flat_map(|l| [&*l.q.w, &l.k.w, &l.v.w]));
+        products(&mut layers.iter().flat_map(|l| [&*l.q.w, &l.k.w, &l.v.w]));
         for mlp in mlps {
-            products(h.embedding, &mut mlp.gate.iter().chain([&mlp.up]).map(|l| &*l.w));
-            products(mlp.down.w.cols, &mut [&*mlp.down.w].into_iter());
+            products(&mut mlp.gate.iter().chain([&mlp.up]).map(|l| &*l.w));
+            products(&mut [&*mlp.down.w].into_iter());
         }
-        products(h.heads * h.head_dim, &mut layers.iter().map(|l| &*l.o.w));
-        products(h.embedding, &mut self.weights.head.iter().map(|head| &*head.output.w));
+        products(&mut layers.iter().map(|l| &*l.o.w));
+        products(&mut self.weights.head.iter().map(|head| &*head.output.w));
         time
     }
 
@@ -507,7 +509,7 @@ impl Shard {
 
     /// Prepares the `n` rows of `x` for `l`'s product.
     fn prepare(&self, pool: &Pool, l: &Linear, x: &[f32], n: usize, act: &mut Activations) {
-        act.prepare_in_order(self.ks, x, l.order.as_deref(), n, l.w.cols, &[l.w.form], pool);
+        act.prepare_in_order(self.ks, x, l.order.as_deref(), n, x.len() / n, &[l.w.form], pool);
     }
 
     /// `y = x · Wᵀ` for the `n` rows of activations in `act`.

@@ -146,7 +146,7 @@ impl Loader<'_, '_> {
         }
         let read = || {
             let stored = Stored::find(&self.files, t)?;
-            let mut out = vec![0.0; t.shape.iter().product()];
+            let mut out = vec![0.0; stored.rows * stored.cols];
             dequantize(stored.ty, &stored.blocks(self.pool)?, &mut out)?;
             Ok((out, stored.order))
         };
@@ -175,7 +175,8 @@ impl Loader<'_, '_> {
         let t = &l.weight;
         let (values, order) = self.ordered_floats(t)?;
         let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
-        let w = pack(SourceType::F32, &bytes, t.shape[1], t.shape[0], self.pool).map_err(|e| named(t, e))?;
+        let (rows, cols) = (t.shape[1], order.as_ref().map_or(t.shape[0], Vec::len));
+        let w = pack(SourceType::F32, &bytes, rows, cols, self.pool).map_err(|e| named(t, e))?;
         self.with((Arc::new(w), order.map(Arc::from)), l)
     }
 

@@ -65,7 +65,7 @@ pub fn assert_same(a: &[f32], b: &[f32], what: &str) {
 fn scale_at(ty: SourceType) -> Option<(usize, Option<usize>)> {
     use SourceType::*;
     match ty {
-        F32 | F16 | BF16 | MXFP4 | I2_S | IQ1_M => None,
+        F32 | F16 | BF16 | MXFP4 | I2_S | IQ1_M | Z2_32F | Z3_32F | Z4_32F | Z8_32F => None,
         Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ4_XS | IQ1_S | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => Some((0, None)),
         Q4_1 | Q5_1 | Q4_K | Q5_K | L1 | L2 | L3 => Some((0, Some(2))),
         Q2_K => Some((80, Some(82))),
@@ -98,6 +98,11 @@ pub fn set_scales(ty: SourceType, block: &mut [u8], d: u16, m: u16) {
             block[at..at + 2].copy_from_slice(&m.to_le_bytes());
         }
     }
+}
+
+/// Whether blocks begin with an f32 scale.
+pub fn has_wide_scale(ty: SourceType) -> bool {
+    matches!(ty, SourceType::Z2_32F | SourceType::Z3_32F | SourceType::Z4_32F | SourceType::Z8_32F)
 }
 
 pub fn is_float(ty: SourceType) -> bool {
@@ -134,6 +139,10 @@ pub fn source(ty: SourceType, count: usize, weights: Weights, random: &mut Rando
             (_, Some(_)) => {
                 let d = small(random);
                 set_scales(ty, block, d, small(random));
+            }
+            (ty, _) if has_wide_scale(ty) => {
+                let d = if fill { 1.0 } else { random.float() / 64.0 };
+                block[..4].copy_from_slice(&d.to_le_bytes());
             }
             (SourceType::MXFP4, _) => block[0] = if fill { 128 } else { 118 + random.below(6) as u8 },
             (SourceType::F32, _) if !fill => block.copy_from_slice(&random.float().to_le_bytes()),

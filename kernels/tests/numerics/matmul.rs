@@ -1,6 +1,6 @@
 //! Products: every instruction set gives portable's bits, and portable gives the specified ones.
 
-use crate::{assert_same, is_float, scales, set_scales, source, stride, Random, Weights};
+use crate::{assert_same, has_wide_scale, is_float, scales, set_scales, source, stride, Random, Weights};
 use lutra_kernels::ops::Activation;
 use lutra_kernels::{
     available, dequantize, matmul, matmul_all, matmul_by, matmul_gated, ops, pack, pack_as, select, Activations,
@@ -59,6 +59,10 @@ fn specified(ty: SourceType, src: &[u8], rows: usize, cols: usize, x: &[f32]) ->
         if ty == SourceType::MXFP4 {
             ds.push(2f64.powi(unit[0] as i32 - 128) as f32);
             unit[0] = 128;
+        }
+        if has_wide_scale(ty) {
+            ds.push(f32::from_le_bytes(unit[..4].try_into().unwrap()));
+            unit[..4].copy_from_slice(&1f32.to_le_bytes());
         }
         let Some((d, min)) = scales(ty, unit) else { continue };
         ds.push(half(d) / half(one));
