@@ -13,7 +13,7 @@
  * | `lutra.C.worker.W.stage.S` | to stage `S`, which that worker holds | WORK |
  * | `lutra.C.orchestrator` | to the orchestrator that serves | empty; answered by {@linkcode ClusterStatus} |
  * | `lutra.C.orchestrator.O.results` | to orchestrator `O` | RESULT |
- * | `lutra.C.weights.R.…` | between all | weights of file `R` (see `weights/protocol.ts`) |
+ * | `lutra.C.weights.R.…` | between all | weights of model `R` (see `weights/protocol.ts`) |
  *
  * @module
  */
@@ -150,13 +150,13 @@ export const helloSchema = z.strictObject({
 /** A worker tells that it is there, or leaves. */
 export type Hello = z.infer<typeof helloSchema>;
 
-/** A model's file by its content: see `Manifest` in `weights/manifest.ts`. */
+/** A model's files by their content: see `Manifest` in `weights/manifest.ts`. */
 export const weightsRefSchema = z.strictObject({
   root: hash,
-  /** Its length. */
-  bytes: fileBytes,
+  /** Length of each, in the order in which tensors number them. */
+  files: z.array(fileBytes).min(1).max(4096),
 });
-/** A model's file by its content. */
+/** A model's files by their content. */
 export type WeightsRef = z.infer<typeof weightsRefSchema>;
 
 /** A stage that a worker is to hold. */
@@ -164,7 +164,7 @@ export const stageSchema = z.strictObject({
   /** Its number in the pipeline, from 0. */
   stage: u32,
   shard: shardSchema,
-  /** The file that the shard's path names: a device that lacks it fetches its layers. Absent: the path must do. */
+  /** The files that the shard names: a device that lacks them fetches its layers. Absent: their paths must do. */
   weights: weightsRefSchema.optional(),
   /** Where its output goes: to the next stage as WORK or, from the last one, as RESULT. */
   next: subject,

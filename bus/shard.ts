@@ -264,7 +264,7 @@ export const shardSchema = z.strictObject({
   /** The model file, as the worker's device names it. */
   path: z.string().min(1).max(4096),
   /** Names of further files in the same folder. */
-  files: z.array(z.string().min(1).max(256)).max(65536).optional(),
+  files: z.array(z.string().max(256).regex(/^[^./\\:\0][^/\\:\0]*$/, "use a file's name")).max(4095).optional(),
   /** KV cache: `tokens` over all sequences, rounded up to blocks. */
   kv: z.strictObject({ type: z.enum(["f16", "f32", "q8"]), tokens: count }),
   /** Bits that activations are rounded to, a scale for each group of weights. @default "a8" */

@@ -1,10 +1,11 @@
+import { dirname, join } from "node:path";
 import { NatsBus, NatsServer } from "../bus/mod.ts";
 import type { WeightsRef } from "../bus/mod.ts";
 import { loadModel } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
 import { Engine } from "../orchestrator/mod.ts";
 import type { Worker } from "../worker/mod.ts";
-import { ChunkFile, manifestOf, WeightSource } from "../weights/mod.ts";
+import { ChunkFiles, manifestOf, WeightSource } from "../weights/mod.ts";
 import { cacheFolderIfAny, modelPath } from "./hub/reference.ts";
 import { EMBEDDED, LOST_MS, natsOptions } from "./nats_options.ts";
 import type { NatsFlags } from "./nats_options.ts";
@@ -102,7 +103,7 @@ export async function openNatsCluster(path: string, options: NatsClusterOptions)
   }
 }
 
-/** Gives workers that lack the model's file what they need of it; `undefined` where that cannot be. */
+/** Gives workers that lack the model's files what they need of it; `undefined` where that cannot be. */
 async function offerWeights(
   bus: NatsBus,
   cluster: string,
@@ -111,19 +112,15 @@ async function offerWeights(
   onProgress: (fraction: number) => void = () => {},
 ): Promise<{ source: WeightSource; ref: WeightsRef } | undefined> {
   const log = (message: string) => console.error(message);
-  const { path } = model;
-  if ("files" in model && (model.files as readonly string[]).length > 0) {
-    log("the model is in several files, which do not travel over the bus: devices must have them");
-    return undefined;
-  }
+  const paths = [model.path, ...model.files.map((name) => join(dirname(model.path), name))];
   const cache = cacheFolderIfAny();
   if (cache === undefined) return undefined;
-  const manifest = await manifestOf(path, cache, { onProgress, log });
-  const file = await ChunkFile.open(path, manifest, cache, "own");
+  const manifest = await manifestOf(paths, cache, { onProgress, log });
+  const file = await ChunkFiles.open(paths, manifest, cache, "own");
   file.trust();
   const id = `orchestrator-${crypto.randomUUID().slice(0, 8)}`;
   return {
     source: new WeightSource({ bus, cluster, id, file, busy, log }),
-    ref: { root: manifest.root, bytes: manifest.bytes },
+    ref: { root: manifest.root, files: [...manifest.files] },
   };
 }

@@ -121,7 +121,7 @@ async function clusterDevices(flags: PlanFlags, probe: Probe): Promise<Device[]>
       const trouble = await askToMeasure(bus, flags.cluster, id, probe);
       if (trouble !== undefined) console.error(`${id} counts by its memory bandwidth: ${trouble}`);
     }));
-    return membership.workers.map((hello) => deviceOf(hello, probe, telemetry.of(hello.id).rttMs))
+    return membership.workers.map((hello) => deviceOf(hello, probe, telemetry.shortest(hello.id)))
       .sort((a, b) => a.id < b.id ? -1 : 1);
   } finally {
     telemetry.close();

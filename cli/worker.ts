@@ -1,5 +1,5 @@
 import { existsSync } from "node:fs";
-import { basename, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { InvalidArgumentError } from "commander";
 import type { Command } from "commander";
 import { NatsBus } from "../bus/mod.ts";
@@ -104,10 +104,11 @@ export async function startWorker(
         ...(model === undefined ? {} : { model }),
       }),
     ...(models === undefined ? {} : {
-      resolvePath: (path) => {
-        const own = join(models, basename(path));
-        return existsSync(own) ? own : path;
-      },
+      // A model that is a folder there may be one here, too.
+      resolvePath: (path) =>
+        [join(models, basename(dirname(path)), basename(path)), join(models, basename(path))].find((own) =>
+          existsSync(own)
+        ) ?? path,
     }),
     onRefused: (reason) => onRefused(new Error(`the cluster refuses this worker: ${reason}`)),
     log: (message) => console.error(message),

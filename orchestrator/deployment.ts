@@ -87,7 +87,7 @@ const MOST_PLACEMENTS = 32;
 /** Milliseconds that those are waited for who belonged to the cluster before. */
 const FORMER_MS = 2500;
 /** The time to a worker counts as another one when it has changed by this factor: placements shall not follow every ping. */
-const HOP_CHANGE = 1.5;
+const HOP_CHANGE = 2;
 /** Milliseconds between two pings of every worker, where workers send heartbeats. */
 const PING_MS = 1000;
 
@@ -359,10 +359,10 @@ export class Deployment {
 
   #device(hello: Hello): Device {
     const { id } = hello;
-    const { rttMs } = this.telemetry.of(id);
+    const ms = this.telemetry.shortest(id);
     const known = this.#hops.get(id);
-    if (rttMs !== null && !(known !== undefined && rttMs <= HOP_CHANGE * known && known <= HOP_CHANGE * rttMs)) {
-      this.#hops.set(id, rttMs);
+    if (ms !== null && !(known !== undefined && ms <= HOP_CHANGE * known && known <= HOP_CHANGE * ms)) {
+      this.#hops.set(id, ms);
     }
     return deviceOf(hello, this.#options.probe, this.#hops.get(id) ?? null);
   }

@@ -20,8 +20,9 @@ interface Device {
   samples: Sample[];
 }
 
-/** Pings whose median counts. */
+/** Pings whose median counts, and how many tell the shortest way. */
 const PINGS = 8;
+const FIRST_PINGS = 3;
 /** A worker that answers later is not heard, and tells nothing. */
 const PING_TIMEOUT_MS = 1000;
 /** So many milliseconds of work tell the bubbles of late; of fewer than the second number they would be chance. */
@@ -55,7 +56,7 @@ export class Telemetry {
     let device = this.#devices.get(id);
     if (device === undefined) {
       this.#devices.set(id, device = { rtt: [], epoch, samples: [] });
-      if (this.#timer !== undefined) void this.#ping(id);
+      if (this.#timer !== undefined) void this.#meet(id);
     }
     if (activity === undefined || activity.epoch !== epoch) return;
     if (device.epoch !== epoch) [device.epoch, device.samples] = [epoch, []];
@@ -65,6 +66,12 @@ export class Telemetry {
     if (sample.activeMs === samples.at(-1)?.activeMs) samples.pop();
     samples.push(sample);
     while (samples.length > 2 && sample.activeMs - samples[1]!.activeMs >= WINDOW_MS) samples.shift();
+  }
+
+  /** The shortest time to a worker and back of late, which says more of the way than of what else is done; `null` where not known. */
+  shortest(id: string): number | null {
+    const { rtt = [] } = this.#devices.get(id) ?? {};
+    return rtt.length < FIRST_PINGS ? null : Math.min(...rtt);
   }
 
   /** Forgets a worker. */
@@ -90,6 +97,10 @@ export class Telemetry {
   close(): void {
     clearInterval(this.#timer);
     this.#stop.abort();
+  }
+
+  async #meet(id: string): Promise<void> {
+    for (let i = 0; i < FIRST_PINGS; i++) await this.#ping(id);
   }
 
   async #ping(id: string): Promise<void> {

@@ -58,6 +58,8 @@ Deno.test("Telemetry: pings tell the way to a worker and back; silence and nonse
   await settled(() => telemetry.of("a").rttMs !== null);
   assert(telemetry.of("a").rttMs! >= 29, `${telemetry.of("a").rttMs} ms`);
   assert.equal(telemetry.of("b").rttMs, null);
+  await settled(() => telemetry.shortest("a") !== null); // of three pings
+  assert(telemetry.shortest("a")! >= 29 && telemetry.shortest("a")! <= telemetry.of("a").rttMs!);
   assert.equal(telemetry.of("c").rttMs, null);
   telemetry.close();
   await new Promise((resolve) => setTimeout(resolve, 50)); // for the answers that are on their way

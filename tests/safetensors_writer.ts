@@ -100,3 +100,55 @@ export function writeModelFolder(name: string, folder: string, config: Record<st
   Deno.writeTextFileSync(join(folder, "config.json"), JSON.stringify(json));
   Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
 }
+
+/**
+ * Writes a mixture of experts of the smallest size, each expert's matrices tensors of their own, in so many files that an index
+ * names.
+ */
+export function writeMixtureFolder(
+  folder: string,
+  { layers, experts, files }: { layers: number; experts: number; files: number },
+): void {
+  const [d, vocab] = [32, 256];
+  let x = 1;
+  const noise = (elements: number) =>
+    new Uint8Array(
+      Float32Array.from({ length: elements }, () => {
+        x = (Math.imul(x, 1664525) + 1013904223) >>> 0;
+        return (x / 2 ** 32 - 0.5) / 2;
+      }).buffer,
+    );
+  const tensors: [string, SafetensorData][] = [];
+  const add = (name: string, ...shape: number[]) => {
+    tensors.push([`${name}.weight`, { dtype: "F32", shape, data: noise(shape.reduce((a, b) => a * b, 1)) }]);
+  };
+  add("model.embed_tokens", vocab, d);
+  for (let layer = 0; layer < layers; layer++) {
+    const at = `model.layers.${layer}`;
+    for (const norm of ["input_layernorm", "post_attention_layernorm"]) add(`${at}.${norm}`, d);
+    for (const part of ["q", "k", "v", "o"]) add(`${at}.self_attn.${part}_proj`, d, d);
+    for (const part of ["q", "k"]) add(`${at}.self_attn.${part}_norm`, d);
+    add(`${at}.mlp.gate`, experts, d);
+    for (let e = 0; e < experts; e++) {
+      for (const part of ["gate", "up", "down"]) add(`${at}.mlp.experts.${e}.${part}_proj`, d, d);
+    }
+  }
+  add("model.norm", d);
+  add("lm_head", vocab, d);
+  const places: Record<string, string> = {};
+  for (let i = 0; i < files; i++) {
+    const file = `model-0000${i + 1}-of-0000${files}.safetensors`;
+    const own = tensors.slice(Math.floor(i / files * tensors.length), Math.floor((i + 1) / files * tensors.length));
+    for (const [name] of own) places[name] = file;
+    Deno.writeFileSync(join(folder, file), writeSafetensors(Object.fromEntries(own)));
+  }
+  Deno.writeTextFileSync(join(folder, "model.safetensors.index.json"), JSON.stringify({ weight_map: places }));
+  const config = {
+    ...{ model_type: "qwen3_moe", hidden_size: d, num_hidden_layers: layers, vocab_size: vocab, rms_norm_eps: 1e-6 },
+    ...{ num_attention_heads: 1, num_key_value_heads: 1, head_dim: d, intermediate_size: d, moe_intermediate_size: d },
+    ...{ num_experts: experts, num_experts_per_tok: 4, norm_topk_prob: true, decoder_sparse_step: 1 },
+    ...{ mlp_only_layers: [], max_position_embeddings: 128, rope_theta: 10_000, eos_token_id: 2 },
+  };
+  Deno.writeTextFileSync(join(folder, "config.json"), JSON.stringify(config));
+  Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+}

@@ -1,7 +1,17 @@
 import assert from "node:assert/strict";
-import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { NatsBus, shardTensors } from "../bus/mod.ts";
 import type { NatsServer } from "../bus/mod.ts";
 import { startLocalCluster } from "../cli/local_cluster.ts";
@@ -10,13 +20,14 @@ import type { LoadedModel } from "../model/mod.ts";
 import { createApp } from "../orchestrator/api/mod.ts";
 import { Engine, shardOf } from "../orchestrator/mod.ts";
 import type { EngineOptions } from "../orchestrator/mod.ts";
-import { CHUNK_BYTES, ChunkFile, chunksOf, hashFile, WeightSource } from "../weights/mod.ts";
+import { CHUNK_BYTES, ChunkFiles, chunksOf, fetchedPaths, hashFiles, WeightSource } from "../weights/mod.ts";
 import type { Manifest } from "../weights/mod.ts";
-import { decodeWish, fileSubjects } from "../weights/protocol.ts";
+import { decodeWish, modelSubjects } from "../weights/protocol.ts";
 import { loadKernels } from "../worker/mod.ts";
 import { repoPath } from "./data.ts";
 import { syntheticLlama, writeGguf } from "./gguf_writer.ts";
 import { nats } from "./nats.ts";
+import { writeMixtureFolder } from "./safetensors_writer.ts";
 
 // Never closed, hence opened before any test: it is no test's leak.
 loadKernels();
@@ -24,10 +35,17 @@ loadKernels();
 const LAYERS = 8;
 const CONTEXT = 64;
 
+function writeLlama(path: string): void {
+  const { metadata, tensors } = syntheticLlama({ layers: LAYERS, embedding: 256, feedForward: 1024 });
+  writeFileSync(path, writeGguf(metadata, tensors));
+}
+
 /** A server, an engine and a source in this process, and worker processes that do not have the model's file. */
 class Site implements AsyncDisposable {
   readonly folder = mkdtempSync(join(tmpdir(), "lutra-weights-"));
-  readonly path = join(this.folder, "model.gguf");
+  readonly path: string;
+  /** The model's files. */
+  paths!: string[];
   server: NatsServer;
   readonly bus: NatsBus;
   /** How often each chunk was asked for. */
@@ -43,19 +61,21 @@ class Site implements AsyncDisposable {
   #source: WeightSource | undefined;
   #sources = 0;
 
-  private constructor(server: NatsServer, bus: NatsBus) {
+  private constructor(server: NatsServer, bus: NatsBus, name: string) {
     this.server = server;
     this.bus = bus;
+    this.path = join(this.folder, name);
   }
 
-  static async create(): Promise<Site> {
+  /** @param write Makes the model at the site's path. */
+  static async create(name = "model.gguf", write: (path: string) => void = writeLlama): Promise<Site> {
     const server = await nats.start();
-    const site = new Site(server, await NatsBus.connect({ servers: server.url, onError: () => {} }));
-    const { metadata, tensors } = syntheticLlama({ layers: LAYERS, embedding: 256, feedForward: 1024 });
-    writeFileSync(site.path, writeGguf(metadata, tensors));
-    site.manifest = await hashFile(site.path);
-    site.model = await loadModel(site.path);
-    site.bus.subscribe(fileSubjects("lutra", site.manifest.root).source("*"), ({ data }) => {
+    const site = new Site(server, await NatsBus.connect({ servers: server.url, onError: () => {} }), name);
+    write(site.path);
+    const { path, files } = site.model = await loadModel(site.path);
+    site.paths = [path, ...files.map((file) => join(dirname(path), file))];
+    site.manifest = await hashFiles(site.paths);
+    site.bus.subscribe(modelSubjects("lutra", site.manifest.root).source("*"), ({ data }) => {
       const { kind, index } = decodeWish(data);
       if (kind !== "chunk") return;
       site.wishes.set(index, (site.wishes.get(index) ?? 0) + 1);
@@ -70,7 +90,7 @@ class Site implements AsyncDisposable {
 
   /** Begins to give chunks, under another name every time. */
   async offer(): Promise<void> {
-    const file = await ChunkFile.open(this.path, this.manifest, join(this.folder, "source"), "own");
+    const file = await ChunkFiles.open(this.paths, this.manifest, join(this.folder, "source"), "own");
     file.trust();
     const read = file.read.bind(file);
     file.read = async (chunk) => {
@@ -97,13 +117,34 @@ class Site implements AsyncDisposable {
     this.server = await nats.start({ port });
   }
 
-  /** Where a worker has what it fetched. */
-  fetched(id: string): string {
-    return join(this.cache(id), "fetched", this.manifest.root);
+  get ref() {
+    return { root: this.manifest.root, files: [...this.manifest.files] };
   }
 
-  work(id: string, permissions: readonly string[] = []): void {
-    const flags = ["--id", id, "--threads", "1", "--bandwidth", "10", "--memory", "0.5", "--no-cache", "--no-measure"];
+  /** Where a worker has what it fetched of a file. */
+  fetched(id: string, file = 0): string {
+    return fetchedPaths(this.cache(id), this.ref)[file]!;
+  }
+
+  /** Bytes that a worker has on its disk. */
+  held(id: string): number {
+    return this.paths.reduce((sum, _, file) => sum + 512 * statSync(this.fetched(id, file)).blocks, 0);
+  }
+
+  work(id: string, permissions: readonly string[] = [], more: readonly string[] = []): void {
+    const flags = [
+      ...more,
+      "--id",
+      id,
+      "--threads",
+      "1",
+      "--bandwidth",
+      "10",
+      "--memory",
+      "0.5",
+      "--no-cache",
+      "--no-measure",
+    ];
     const child = new Deno.Command(Deno.execPath(), {
       args: [
         "run",
@@ -133,14 +174,14 @@ class Site implements AsyncDisposable {
     await child?.status;
   }
 
-  async serve(options: Partial<EngineOptions> = {}): Promise<Engine> {
-    // Under this path no worker has it.
-    const model = { ...this.model, path: "/nowhere/model.gguf" };
+  /** @param folder Where the orchestrator says that the model is: no worker has it there. */
+  async serve({ folder = "/nowhere", ...options }: Partial<EngineOptions> & { folder?: string } = {}): Promise<Engine> {
+    const model = { ...this.model, path: join(folder, basename(this.model.path)) };
     const engine = this.engine = await Engine.open({
       bus: this.bus,
       model,
       cluster: "lutra",
-      weights: { root: this.manifest.root, bytes: this.manifest.bytes },
+      weights: this.ref,
       context: CONTEXT,
       kvTokens: 4 * CONTEXT,
       workerTimeoutMs: 60_000,
@@ -221,8 +262,8 @@ test("workers without the file get their layers and no more, are given them by p
     const share = site.share(first, end);
     chunks += share.length;
     assert(share.length < 0.6 * site.manifest.chunks, "about half of the file");
-    const held = 512 * statSync(site.fetched(worker)).blocks;
-    const wanted = share.reduce((sum, chunk) => sum + site.manifest.chunkBytes(chunk), 0);
+    const held = site.held(worker);
+    const wanted = share.reduce((sum, chunk) => sum + site.manifest.place(chunk).bytes, 0);
     assert(held >= wanted && held < wanted + 65_536, `${worker} holds ${held} bytes for ${wanted}`);
   }
   assert.equal(site.total, chunks, "every chunk once for each that needs it");
@@ -250,6 +291,34 @@ test("workers without the file get their layers and no more, are given them by p
     at(/^weights are fetched for/) >= 0 && at(/^weights are fetched for/) < at(/wants to leave/),
     site.logs.join("\n"),
   );
+});
+
+test("a mixture in several files, whose description exceeds a message: each worker fetches its layers' chunks, and uses files that it has", async () => {
+  const layers = 48;
+  await using site = await Site.create("mixture", (path) => {
+    mkdirSync(path);
+    writeMixtureFolder(path, { layers, experts: 128, files: 3 });
+  });
+  const options = { path: "x", kv: { type: "f16", tokens: 64 }, maxBatch: 64, context: CONTEXT } as const;
+  const text = JSON.stringify(shardOf(site.model.description, { first: 0, end: layers / 2 }, options));
+  assert(text.length > site.bus.maxPayload, `${text.length} bytes of half the layers`);
+  const right = await expected(site.path);
+  await site.offer();
+  // `a` has none of the files; `b` has them in a folder of its own.
+  const models = join(site.folder, "of-b");
+  mkdirSync(join(models, "mixture"), { recursive: true });
+  for (const path of site.paths) copyFileSync(path, join(models, "mixture", basename(path)));
+  site.work("a");
+  site.work("b", [], ["--models", models]);
+  const engine = await site.serve({ workers: 2, shards: 2, folder: "/nowhere/mixture" });
+  assert.deepEqual(await answers(engine), right);
+  const { first, end } = engine.stats().stages.find(({ worker }) => worker === "a")!;
+  const share = site.share(first, end);
+  assert.equal(site.total, share.length, "every chunk of a's layers once, and none of b's");
+  assert(share.length < 0.6 * site.manifest.chunks);
+  const wanted = share.reduce((sum, chunk) => sum + site.manifest.place(chunk).bytes, 0);
+  assert(site.held("a") >= wanted && site.held("a") < wanted + 3 * 65_536, `${site.held("a")} bytes for ${wanted}`);
+  assert(!existsSync(site.fetched("b")), "it has its own");
 });
 
 test("a transfer goes on where the worker, the source or the server was killed; damage is found and mended", async () => {
@@ -373,9 +442,8 @@ test("who stands by has the layers of one that is lost", async () => {
   const engine = await site.serve({ workers: 2, shards: 2, standby: true });
   // Each gets the other's layers, too.
   const all = site.share(0, LAYERS).length;
-  const held = (id: string) => 512 * statSync(site.fetched(id)).blocks;
-  for (let i = 0; ["a", "b"].some((id) => held(id) < CHUNK_BYTES * (all - 1)); i++) {
-    assert(i < 600, `${held("a")} and ${held("b")} bytes are there`);
+  for (let i = 0; ["a", "b"].some((id) => site.held(id) < CHUNK_BYTES * (all - 1)); i++) {
+    assert(i < 600, `${site.held("a")} and ${site.held("b")} bytes are there`);
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
   while (engine.state.loading.length > 0) await new Promise((resolve) => setTimeout(resolve, 50));

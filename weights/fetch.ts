@@ -1,9 +1,9 @@
 import { BusError, decodeJson, WireError } from "../bus/mod.ts";
-import type { Bus } from "../bus/mod.ts";
-import type { ChunkFile } from "./chunk_file.ts";
+import type { Bus, WeightsRef } from "../bus/mod.ts";
+import type { ChunkFiles } from "./chunk_files.ts";
 import { WeightsError } from "./errors.ts";
 import { CHUNK_BYTES, chunkCount, HASH_BYTES, Manifest } from "./manifest.ts";
-import { encodeWish, fileSubjects, offerSchema } from "./protocol.ts";
+import { encodeWish, modelSubjects, offerSchema } from "./protocol.ts";
 import type { Offer, Wish } from "./protocol.ts";
 import { pause, YIELD } from "./source.ts";
 
@@ -42,7 +42,7 @@ const LANES = 4;
 
 /** Asks who has chunks of a file. */
 async function offers({ bus, cluster, signal }: FetchOptions, root: string): Promise<Offer[]> {
-  const subjects = fileSubjects(cluster, root);
+  const subjects = modelSubjects(cluster, root);
   const inbox = subjects.answer(crypto.randomUUID());
   const found: Offer[] = [];
   const subscription = bus.subscribe(inbox, (message) => {
@@ -69,23 +69,23 @@ async function ask(
   wish: Wish,
   timeoutMs = ANSWER_MS,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  const subject = fileSubjects(cluster, root).source(source);
+  const subject = modelSubjects(cluster, root).source(source);
   const options = { timeoutMs, ...(signal === undefined ? {} : { signal }) };
   return (await bus.request(subject, encodeWish(wish), options)).data.slice();
 }
 
 /**
- * Fetches the manifest of a file.
+ * Fetches the manifest of a model.
  *
  * @throws {WeightsError} when nobody has it.
  */
 export async function fetchManifest(
-  { root, bytes }: { root: string; bytes: number },
+  { root, files }: WeightsRef,
   options: FetchOptions,
 ): Promise<Manifest> {
   const { signal, patienceMs = 60_000, bus } = options;
   checkPayload(bus);
-  const hashes = new Uint8Array(HASH_BYTES * chunkCount(bytes));
+  const hashes = new Uint8Array(HASH_BYTES * files.reduce((sum, bytes) => sum + chunkCount(bytes), 0));
   const deadline = performance.now() + patienceMs;
   let trouble = "nobody offers it: is the device on that has the model's file?";
   for (;;) {
@@ -102,9 +102,9 @@ export async function fetchManifest(
             hashes.set(piece, at);
             at += piece.byteLength;
           }
-          const manifest = new Manifest(bytes, hashes);
+          const manifest = new Manifest(files, hashes);
           if (manifest.root === root) return manifest;
-          trouble = `${source} sends hashes of another file`;
+          trouble = `${source} sends hashes of another model`;
         } catch (error) {
           if (!(error instanceof BusError)) throw error;
           trouble = `${source}: ${error.message}`;
@@ -120,14 +120,14 @@ export async function fetchManifest(
 }
 
 /**
- * Fetches chunks into a file, from all that have some of them. Every chunk is checked before it is written; one that comes damaged
+ * Fetches chunks into files, from all that have some of them. Every chunk is checked before it is written; one that comes damaged
  * is asked of others.
  *
  * @param onChunk Told of every chunk that is there.
  * @throws {WeightsError} when nobody has them, or the disk does not take them.
  */
 export async function fetchChunks(
-  file: ChunkFile,
+  file: ChunkFiles,
   chunks: readonly number[],
   options: FetchOptions & { onChunk?: (chunk: number) => void },
 ): Promise<void> {
@@ -151,7 +151,7 @@ interface Source {
 
 /** What {@linkcode fetchChunks} does. */
 class Transfer {
-  readonly #file: ChunkFile;
+  readonly #file: ChunkFiles;
   readonly #options: FetchOptions & { onChunk?: (chunk: number) => void };
   readonly #missing: Set<number>;
   readonly #asked = new Set<number>();
@@ -166,7 +166,7 @@ class Transfer {
   #failure: unknown;
 
   constructor(
-    file: ChunkFile,
+    file: ChunkFiles,
     chunks: readonly number[],
     options: FetchOptions & { onChunk?: (chunk: number) => void },
   ) {

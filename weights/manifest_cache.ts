@@ -1,9 +1,8 @@
 import { createHash } from "node:crypto";
-import { readFile } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
-import { identityOf, replaceFile } from "./chunk_file.ts";
-import { WeightsError } from "./errors.ts";
-import { hashFile, Manifest } from "./manifest.ts";
+import { identityOf, replaceFile } from "./chunk_files.ts";
+import { hashFiles, Manifest } from "./manifest.ts";
 
 /** Where a manifest's hashes are kept. */
 function pathOf(cache: string, key: string): string {
@@ -11,9 +10,12 @@ function pathOf(cache: string, key: string): string {
 }
 
 /** The manifest of this root, if it is kept: what is damaged has another root, and is not. */
-export async function keptManifest(cache: string, root: string, bytes: number): Promise<Manifest | undefined> {
+export async function keptManifest(
+  cache: string,
+  { root, files }: Pick<Manifest, "root" | "files">,
+): Promise<Manifest | undefined> {
   try {
-    const manifest = new Manifest(bytes, Uint8Array.from(await readFile(pathOf(cache, root))));
+    const manifest = new Manifest(files, Uint8Array.from(await readFile(pathOf(cache, root))));
     return manifest.root === root ? manifest : undefined;
   } catch {
     return undefined; // nothing is lost but time
@@ -26,33 +28,31 @@ export async function keepManifest(cache: string, { root, hashes }: Manifest): P
 }
 
 /**
- * The manifest of a file on this device: hashed once, and again when the file is another.
+ * The manifest of a model's files on this device: hashed once, and again when one is another.
  *
  * @param onProgress Told how much is hashed, 0 to 1.
- * @throws {WeightsError} when the file cannot be read.
+ * @throws {WeightsError} when a file cannot be read.
  */
 export async function manifestOf(
-  path: string,
+  paths: readonly string[],
   cache: string,
   { onProgress, log = console.warn }: { onProgress?: (fraction: number) => void; log?: (message: string) => void } = {},
 ): Promise<Manifest> {
-  let identity: string;
-  try {
-    identity = await identityOf(path);
-  } catch (cause) {
-    throw new WeightsError(`${path} cannot be read: ${(cause as Error).message}`, { cause });
-  }
-  const bytes = Number(identity.split(" ")[2]);
-  const key = pathOf(cache, `of-${createHash("sha256").update(`${identity} ${resolve(path)}`).digest("hex")}`);
+  const identity = await identityOf(paths);
+  const names = paths.map((path) => resolve(path));
+  const key = pathOf(cache, `of-${createHash("sha256").update(JSON.stringify([identity, names])).digest("hex")}`);
   const root = await readFile(key, "utf8").catch(() => "");
-  const known = /^[0-9a-f]{64}$/.test(root) ? await keptManifest(cache, root, bytes) : undefined;
-  if (known !== undefined) return known;
-  const manifest = await hashFile(path, onProgress);
+  if (/^[0-9a-f]{64}$/.test(root)) {
+    const files = (await Promise.all(paths.map((path) => stat(path)))).map(({ size }) => size);
+    const known = await keptManifest(cache, { root, files });
+    if (known !== undefined) return known;
+  }
+  const manifest = await hashFiles(paths, onProgress);
   try {
     await keepManifest(cache, manifest);
-    if (await identityOf(path) === identity) await replaceFile(key, manifest.root);
+    if (await identityOf(paths) === identity) await replaceFile(key, manifest.root);
   } catch (error) {
-    log(`the hashes of ${path} are not kept for the next start: ${(error as Error).message}`);
+    log(`the hashes of ${names.join(", ")} are not kept for the next start: ${(error as Error).message}`);
   }
   return manifest;
 }

@@ -20,7 +20,7 @@ const offerSchema = z.strictObject({
   /** Ranges of chunks that it has, end exclusive. */
   ranges: z.array(z.tuple([u32, u32])).max(65_536),
 });
-/** What a device has of a file. */
+/** What a device has of a model. */
 export type Offer = z.infer<typeof offerSchema>;
 export { offerSchema };
 
@@ -49,8 +49,8 @@ export function decodeWish(data: Uint8Array): Wish {
   return { kind, index: view.getUint32(4, true) };
 }
 
-/** The subjects of a file. */
-export function fileSubjects(cluster: string, root: string): {
+/** The subjects of a model. */
+export function modelSubjects(cluster: string, root: string): {
   who: string;
   source(id: string): string;
   answer(id: string): string;

@@ -1,8 +1,8 @@
 import type { Bus, BusMessage, Subscription } from "../bus/mod.ts";
 import { BusError, WireError } from "../bus/mod.ts";
-import type { ChunkFile } from "./chunk_file.ts";
+import type { ChunkFiles } from "./chunk_files.ts";
 import { CHUNK_BYTES } from "./manifest.ts";
-import { decodeWish, fileSubjects } from "./protocol.ts";
+import { decodeWish, modelSubjects } from "./protocol.ts";
 import type { Offer, Wish } from "./protocol.ts";
 
 /** Options of {@linkcode WeightSource}. */
@@ -11,7 +11,7 @@ export interface WeightSourceOptions {
   cluster: string;
   /** Name of this device among the sources. */
   id: string;
-  file: ChunkFile;
+  file: ChunkFiles;
   /** Whether tokens are on their way, which weights then yield to. Default: never. */
   busy?: () => boolean;
   log?: (message: string) => void;
@@ -23,7 +23,7 @@ const MAX_WAITING = 256;
 export const YIELD = 9;
 
 /**
- * Gives chunks of a file to whoever asks for them. One at a time, and the next only when the one before has reached the server:
+ * Gives chunks of a model's files to whoever asks for them. One at a time, and the next only when the one before has reached the server:
  * so that a token that is published meanwhile waits for one chunk at the most, however many devices ask.
  */
 export class WeightSource {
@@ -37,7 +37,7 @@ export class WeightSource {
   constructor(options: WeightSourceOptions) {
     this.#options = options;
     const { bus, cluster, id, file } = options;
-    const subjects = fileSubjects(cluster, file.manifest.root);
+    const subjects = modelSubjects(cluster, file.manifest.root);
     this.#subscriptions = [
       bus.subscribe(subjects.who, (message) => {
         const offer: Offer = { source: id, ranges: file.checked.ranges().slice(0, 65_536) };
@@ -52,7 +52,7 @@ export class WeightSource {
     return this.#sent;
   }
 
-  /** Stops giving, and closes the file. */
+  /** Stops giving, and closes the files. */
   async close(): Promise<void> {
     if (this.#closed) return await this.#loop;
     this.#closed = true;

@@ -1,8 +1,7 @@
-import { existsSync } from "node:fs";
 import { mkdir, readdir, rm, stat, statfs } from "node:fs/promises";
 import { basename, join, resolve } from "node:path";
 import type { Bus, WeightsRef } from "../bus/mod.ts";
-import { ChunkFile } from "./chunk_file.ts";
+import { anyThere, ChunkFiles } from "./chunk_files.ts";
 import { WeightsError } from "./errors.ts";
 import { fetchChunks, fetchManifest } from "./fetch.ts";
 import { CHUNK_BYTES } from "./manifest.ts";
@@ -44,8 +43,10 @@ export interface ProvideOptions {
   onProgress?: (progress: WeightProgress) => void;
 }
 
-/** A range of bytes in a file. */
+/** A range of bytes in one of a model's files. */
 export interface Span {
+  /** Its number. @default {0} */
+  readonly file?: number | undefined;
   readonly offset: number;
   readonly bytes: number;
 }
@@ -54,8 +55,8 @@ export interface Span {
 const LEAVE_FREE = 1e9;
 
 /**
- * The parts of model files that this device needs: its own file, where it has it and it is the same, or else a file with holes in
- * the cache folder, whose missing chunks are fetched. What it has, others may fetch from it.
+ * The parts of models that this device needs: its own files, where it has those that it needs and they are the same, or else files
+ * with holes in the cache folder, whose missing chunks are fetched. What it has, others may fetch from it.
  */
 export class WeightStore {
   readonly #options: WeightStoreOptions;
@@ -75,13 +76,18 @@ export class WeightStore {
   }
 
   /**
-   * Sees to it that ranges of a model's file are on this device.
+   * Sees to it that ranges of a model's files are on this device.
    *
-   * @param own Where this device may have the file itself.
-   * @returns The path of a file that has them.
+   * @param own Where this device may have the files themselves.
+   * @returns The paths of files that have them, all in one folder.
    * @throws {WeightsError} when they cannot be had.
    */
-  provide(ref: WeightsRef, own: string, spans: readonly Span[], options: ProvideOptions = {}): Promise<string> {
+  provide(
+    ref: WeightsRef,
+    own: readonly string[],
+    spans: readonly Span[],
+    options: ProvideOptions = {},
+  ): Promise<readonly string[]> {
     const done = this.#last.then(() => this.#provide(ref, own, spans, options));
     this.#last = done.catch(() => {});
     return done;
@@ -97,19 +103,19 @@ export class WeightStore {
 
   async #provide(
     ref: WeightsRef,
-    own: string,
+    own: readonly string[],
     spans: readonly Span[],
     { signal, onProgress = () => {} }: ProvideOptions,
-  ): Promise<string> {
+  ): Promise<readonly string[]> {
     signal?.throwIfAborted();
     const { cache, log = console.warn } = this.#options;
     const manifest = await this.#manifest(ref, signal);
     const chunks = chunksOf(spans, manifest);
-    const total = chunks.reduce((sum, chunk) => sum + manifest.chunkBytes(chunk), 0);
+    const total = chunks.reduce((sum, chunk) => sum + manifest.place(chunk).bytes, 0);
     let done = 0;
     let begun: { at: number; done: number } | undefined;
     const onChunk = (chunk: number) => {
-      done += manifest.chunkBytes(chunk);
+      done += manifest.place(chunk).bytes;
       const rate = begun === undefined ? 0 : (done - begun.done) / (performance.now() - begun.at);
       const phase = begun === undefined ? "checking" : "fetching";
       onProgress({ phase, done, total, etaMs: rate > 0 ? (total - done) / rate : null });
@@ -123,22 +129,22 @@ export class WeightStore {
         if (lacking.length === 0) {
           await this.#save(file);
           shared = await this.#share(file);
-          return file.path;
+          return file.paths;
         }
       } finally {
         if (!shared) await file.close();
       }
-      log(`${own} is another file than the one that is served: its layers are fetched`);
+      log(`${own.join(", ")}: not all that is needed of the model that is served: its layers are fetched`);
       done = 0;
     }
-    const fetched = await ChunkFile.open(fetchedPath(cache, ref.root), manifest, cache, "fetched");
+    const fetched = await ChunkFiles.open(fetchedPaths(cache, ref), manifest, cache, "fetched");
     try {
       const lacking = await fetched.lacks(chunks, checking);
       if (lacking.length > 0) await this.#makeRoom(ref.root, total, lacking.length * CHUNK_BYTES);
       else await this.#save(fetched);
       // Others get what comes as soon as it is there.
       shared = await this.#share(fetched);
-      if (lacking.length === 0) return fetched.path;
+      if (lacking.length === 0) return fetched.paths;
       begun = { at: performance.now(), done };
       onProgress({ phase: "fetching", done, total, etaMs: null });
       await fetchChunks(fetched, lacking, {
@@ -148,7 +154,7 @@ export class WeightStore {
           onChunk(chunk);
         },
       }).finally(() => this.#save(fetched));
-      return fetched.path;
+      return fetched.paths;
     } finally {
       if (!shared) await fetched.close();
     }
@@ -167,22 +173,18 @@ export class WeightStore {
 
   async #manifest(ref: WeightsRef, signal: AbortSignal | undefined): Promise<Manifest> {
     const { cache } = this.#options;
-    const kept = await keptManifest(cache, ref.root, ref.bytes);
+    const kept = await keptManifest(cache, ref);
     if (kept !== undefined) return kept;
     const manifest = await fetchManifest(ref, this.#fetching(signal));
     await this.#tell(keepManifest(cache, manifest));
     return manifest;
   }
 
-  /** The device's own file, if it may be the one that is meant. */
-  async #own(path: string, manifest: Manifest): Promise<ChunkFile | undefined> {
+  /** The device's own files, if they may be those that are meant. */
+  async #own(paths: readonly string[], manifest: Manifest): Promise<ChunkFiles | undefined> {
+    if (!await anyThere(paths)) return undefined;
     try {
-      if (!existsSync(path)) return undefined;
-    } catch {
-      return undefined; // Deno may not look there
-    }
-    try {
-      return await ChunkFile.open(path, manifest, this.#options.cache, "own");
+      return await ChunkFiles.open(paths, manifest, this.#options.cache, "own");
     } catch (error) {
       if (!(error instanceof WeightsError)) throw error;
       (this.#options.log ?? console.warn)(`${error.message}: its layers are fetched`);
@@ -191,7 +193,7 @@ export class WeightStore {
   }
 
   /** Notes what was checked; without a note it is checked again the next time. */
-  async #save(file: ChunkFile): Promise<void> {
+  async #save(file: ChunkFiles): Promise<void> {
     await this.#tell(file.save());
   }
 
@@ -205,7 +207,7 @@ export class WeightStore {
   }
 
   /** Gives others what the file has, in place of what was given before; the source then closes it. False: not done. */
-  async #share(file: ChunkFile): Promise<boolean> {
+  async #share(file: ChunkFiles): Promise<boolean> {
     const { bus, cluster, id, share = true, busy, log } = this.#options;
     const { root } = file.manifest;
     await this.#sources.get(root)?.close();
@@ -231,9 +233,7 @@ export class WeightStore {
     for (const name of await readdir(folder)) {
       if (name === root || !/^[0-9a-f]{64}$/.test(name) || this.#sources.has(name)) continue;
       const path = join(folder, name);
-      const found = await stat(path).catch(() => undefined); // another process may have deleted it meanwhile
-      // Holes take no room.
-      if (found !== undefined) others.push({ path, used: found.mtimeMs, bytes: 512 * (found.blocks ?? 0) });
+      others.push({ path, ...await roomOf(path) });
     }
     others.sort((a, b) => a.used - b.used);
     const free = async () => {
@@ -243,7 +243,7 @@ export class WeightStore {
     let kept = others.reduce((sum, { bytes }) => sum + bytes, total);
     for (const { path, bytes } of others) {
       if (kept <= maxBytes && await free() >= missing) break;
-      await rm(path, { force: true });
+      await rm(path, { force: true, recursive: true });
       await rm(join(cache, "manifests", basename(path)), { force: true });
       kept -= bytes;
     }
@@ -259,20 +259,34 @@ export class WeightStore {
   }
 }
 
-/** Where what was fetched of a file lies. */
-export function fetchedPath(cache: string, root: string): string {
-  return join(cache, "fetched", root);
+/** Where what was fetched of a model lies: its files, by their numbers. */
+export function fetchedPaths(cache: string, { root, files }: WeightsRef): string[] {
+  return files.map((_, file) => join(cache, "fetched", root, `${file}`));
 }
 
-/** The chunks that ranges of a file touch. */
-export function chunksOf(spans: readonly Span[], { bytes: size }: Pick<Manifest, "bytes">): number[] {
+/** When a fetched model was written to last, and the bytes that it takes on the disk: holes take none. */
+async function roomOf(folder: string): Promise<{ used: number; bytes: number }> {
+  // Another process may delete it meanwhile.
+  const names = await readdir(folder).catch(() => []);
+  const files = await Promise.all(names.map((name) => stat(join(folder, name)).catch(() => undefined)));
+  return {
+    used: Math.max(0, ...files.map((file) => file?.mtimeMs ?? 0)),
+    bytes: files.reduce((sum, file) => sum + 512 * (file?.blocks ?? 0), 0),
+  };
+}
+
+/** The chunks that ranges of a model's files touch. */
+export function chunksOf(spans: readonly Span[], manifest: Manifest): number[] {
   const chunks = new Set<number>();
-  for (const { offset, bytes } of spans) {
+  for (const { file = 0, offset, bytes } of spans) {
+    const size = manifest.files[file];
+    if (size === undefined) throw new WeightsError(`a tensor is in file ${file} of ${manifest.files.length}`);
     if (offset + bytes > size) {
-      throw new WeightsError(`a tensor at ${offset} + ${bytes} bytes ends behind the file's ${size}`);
+      throw new WeightsError(`a tensor at ${offset} + ${bytes} bytes ends behind its file's ${size}`);
     }
-    const end = Math.ceil((offset + bytes) / CHUNK_BYTES);
-    for (let chunk = Math.floor(offset / CHUNK_BYTES); chunk < end; chunk++) chunks.add(chunk);
+    const first = manifest.firstChunk(file);
+    const end = first + Math.ceil((offset + bytes) / CHUNK_BYTES);
+    for (let chunk = first + Math.floor(offset / CHUNK_BYTES); chunk < end; chunk++) chunks.add(chunk);
   }
   return [...chunks].sort((a, b) => a - b);
 }

@@ -1,3 +1,4 @@
+import { basename, dirname, join } from "node:path";
 import {
   BusError,
   clusterSubjects,
@@ -25,6 +26,7 @@ import type {
   Finding,
   Hello,
   Loading,
+  Shard,
   Stage as StageSpec,
   Subscription,
   WeightsRef,
@@ -360,7 +362,7 @@ export class Worker {
         if (keep === undefined) {
           const { isa = null, pin = "none", cache = null, tune = "auto" } = this.#options;
           handle = await this.#kernels.openShard(
-            { ...wanted.shard, path: paths[i]! },
+            placed(wanted.shard, paths[i]!),
             { threads: this.#threads, isa, pin, cache, tune },
             {
               onProgress: (fraction) => {
@@ -397,13 +399,16 @@ export class Worker {
   }
 
   /**
-   * Sees to it that the weights of stages are on this device, and returns the path of each one's file.
+   * Sees to it that the weights of stages are on this device, and returns the paths of each one's files.
    *
    * @param purpose The epoch that they are loaded for, or `ahead`.
    */
-  async #fetch(stages: readonly StageSpec[], purpose: number | "ahead"): Promise<string[]> {
+  async #fetch(stages: readonly StageSpec[], purpose: number | "ahead"): Promise<(readonly string[])[]> {
     const store = this.#store;
-    const own = stages.map(({ shard }) => this.#options.resolvePath?.(shard.path) ?? shard.path);
+    const own = stages.map(({ shard: { path, files = [] } }) => {
+      const first = this.#options.resolvePath?.(path) ?? path;
+      return [first, ...files.map((name) => join(dirname(first), name))];
+    });
     if (store === undefined || stages.every(({ weights }) => weights === undefined)) return own;
     this.#fetching?.abort(new WorkerError("other weights are wanted"));
     const ending = this.#fetching = new AbortController();
@@ -411,17 +416,17 @@ export class Worker {
     if (purpose !== "ahead" && purpose < this.#wanted) ending.abort(new WorkerError(`epoch ${this.#wanted} begins`));
     if (this.#closed) ending.abort(new WorkerError(`worker ${this.id} leaves`));
     let told = 0;
-    const files = new Map<string, { ref: WeightsRef; path: string; spans: Span[] }>();
+    const models = new Map<string, { ref: WeightsRef; paths: readonly string[]; spans: Span[] }>();
     stages.forEach(({ shard, weights }, i) => {
       if (weights === undefined || this.#stages.some((stage) => sameShard(stage.spec, stages[i]!))) return;
-      const file = files.get(weights.root);
-      if (file === undefined) files.set(weights.root, { ref: weights, path: own[i]!, spans: shardTensors(shard) });
-      else file.spans.push(...shardTensors(shard));
+      const model = models.get(weights.root);
+      if (model === undefined) models.set(weights.root, { ref: weights, paths: own[i]!, spans: shardTensors(shard) });
+      else model.spans.push(...shardTensors(shard));
     });
-    const found = new Map<string, string>();
+    const found = new Map<string, readonly string[]>();
     try {
-      for (const [root, { ref, path, spans }] of files) {
-        const at = await store.provide(ref, path, spans, {
+      for (const [root, { ref, paths, spans }] of models) {
+        const at = await store.provide(ref, paths, spans, {
           signal: ending.signal,
           onProgress: ({ phase, done, total, etaMs }) => {
             this.#loading = { phase, share: total === 0 ? 1 : done / total, bytes: total, etaMs };
@@ -569,6 +574,11 @@ export class Worker {
 /** Whether two stages hold the same layers of the same file. */
 function sameShard(a: StageSpec, b: StageSpec): boolean {
   return JSON.stringify([a.shard, a.weights]) === JSON.stringify([b.shard, b.weights]);
+}
+
+/** A shard whose files lie elsewhere. */
+function placed(shard: Shard, [path, ...files]: readonly string[]): Shard {
+  return { ...shard, path: path!, ...(files.length === 0 ? {} : { files: files.map((file) => basename(file)) }) };
 }
 
 function refusal(error: unknown): ControlReply {

@@ -487,7 +487,7 @@ Deno.test("Worker: a load ends the wait for another's weights, and what it held 
       (await bus.request(clusterSubjects("local").control("a"), encodeJson(request))).data,
     );
   const load = (epoch: number, shard: Shard, root?: string) => {
-    const weights = root === undefined ? {} : { weights: { root, bytes: 1000 } };
+    const weights = root === undefined ? {} : { weights: { root, files: [1000] } };
     return control({ type: "load", epoch, stages: [{ stage: 0, shard, ...weights, next: "r" }], results: "r" });
   };
   const nobodys = "0".repeat(64);
@@ -496,7 +496,7 @@ Deno.test("Worker: a load ends the wait for another's weights, and what it held 
   const stuck = load(2, fakeShard({ first: 1 }), nobodys);
   const ahead = control({
     type: "fetch",
-    stages: [{ stage: 0, shard: fakeShard({ first: 2 }), weights: { root: nobodys, bytes: 1000 }, next: "" }],
+    stages: [{ stage: 0, shard: fakeShard({ first: 2 }), weights: { root: nobodys, files: [1000] }, next: "" }],
   });
   assert((await load(3, fakeShard())).ok);
   assert.match(JSON.stringify(await stuck), /"ok":false.*(epoch 3 begins|other weights are wanted)/);

@@ -14,7 +14,7 @@ import type { NatsServer } from "../../bus/mod.ts";
 import { loadModel } from "../../model/mod.ts";
 import { Engine } from "../../orchestrator/mod.ts";
 import type { EngineOptions } from "../../orchestrator/mod.ts";
-import { ChunkFile, hashFile, WeightSource } from "../../weights/mod.ts";
+import { ChunkFiles, hashFiles, WeightSource } from "../../weights/mod.ts";
 import type { Manifest } from "../../weights/mod.ts";
 import { repoPath } from "../data.ts";
 import { nats } from "../nats.ts";
@@ -329,8 +329,8 @@ export class FaultCluster implements AsyncDisposable {
 
   /** Gives chunks of the bundled model, on a connection of its own: the orchestrator may end. */
   async #offer(): Promise<void> {
-    this.#manifest = await hashFile(MODEL);
-    const file = await ChunkFile.open(MODEL, this.#manifest, this.#cache, "own");
+    this.#manifest = await hashFiles([MODEL]);
+    const file = await ChunkFiles.open([MODEL], this.#manifest, this.#cache, "own");
     file.trust();
     const read = file.read.bind(file);
     file.read = async (chunk) => {
@@ -354,11 +354,11 @@ export class FaultCluster implements AsyncDisposable {
 
   /** Opens the orchestrator's side. */
   async open(options: Partial<EngineOptions> = {}): Promise<void> {
-    const { root, bytes } = this.#manifest;
+    const { root, files } = this.#manifest;
     // The bundled model is under a path that no worker has.
     const bundled = async () => ({
       model: { ...await loadModel(MODEL), path: "/nowhere.gguf" },
-      weights: { root, bytes },
+      weights: { root, files: [...files] },
     });
     const { model, ...rest } = options;
     this.bus = await NatsBus.connect({ servers: `127.0.0.1:${this.server.port}`, onError: () => {} });
