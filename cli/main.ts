@@ -76,7 +76,7 @@ function explain(error: unknown, path: unknown): string {
     return `there is no file ${path}.${hint}`;
   }
   if (error instanceof GgufError && error.field === "magic") {
-    return `${path} is no GGUF file. Lutra runs models in GGUF; convert others with their own tools first.`;
+    return `${path} is no GGUF file. Lutra runs GGUF, and folders with safetensors: name the folder.`;
   }
   if (error instanceof Deno.errors.NotCapable) {
     return `${

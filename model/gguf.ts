@@ -8,6 +8,8 @@
  *
  * @module
  */
+import { statSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
 import type { TensorRef } from "../bus/shard.ts";
 import { GgufError } from "./errors.ts";
 import { GGML_TYPES } from "./ggml_types.ts";
@@ -316,13 +318,66 @@ export function parseGguf(path: string, size: number, read: (into: Uint8Array, a
   return { path, version, size, alignment, metadata, tensors, dataOffset };
 }
 
+/** Names of all files of a model whose GGUF is split, the first of them first, by the name of any; `undefined`: it is no such name. */
+export function splitNames(name: string): string[] | undefined {
+  const [, stem, number, of] = /^(.*)-(\d{5})-of-(\d{5})\.gguf$/.exec(name) ?? [];
+  if (stem === undefined || Number(number) < 1 || Number(number) > Number(of)) return undefined;
+  return Array.from({ length: Number(of) }, (_, i) => `${stem}-${String(i + 1).padStart(5, "0")}-of-${of}.gguf`);
+}
+
 /**
- * Reads a GGUF file's header, metadata and tensor table.
+ * Reads a GGUF file's header, metadata and tensor table; of a split model, of the first of its files, the tables of all.
  *
- * @throws {GgufError} when it is malformed.
+ * @throws {GgufError} when it is malformed, or another file of the model is missing or not of it.
  * @throws {Deno.errors.NotFound} and other I/O errors when it cannot be read.
  */
 export function readGguf(path: string): GgufFile {
+  const first = readOne(path);
+  const count = first.metadata.get("split.count") ?? 0;
+  if (typeof count !== "number" || count < 2) return first;
+  const names = splitNames(basename(path));
+  if (names?.length !== count) {
+    throw new GgufError(
+      "split.count",
+      0,
+      `${path} is one of ${count} files, but is not named NAME-00001-of-NNNNN.gguf`,
+    );
+  }
+  if (basename(path) !== names[0] || first.metadata.get("split.no") !== 0) {
+    throw new GgufError("split.no", 0, `${path} is not the first of the model's files: take ${names[0]}`);
+  }
+  const tensors = new Map(first.tensors);
+  let { size } = first;
+  for (const [number, name] of names.entries()) {
+    if (number === 0) continue;
+    const beside = join(dirname(path), name);
+    if (statSync(beside, { throwIfNoEntry: false })?.isFile() !== true) {
+      throw new GgufError(
+        "split.count",
+        0,
+        `${name}, one of the model's ${count} files, is not beside ${basename(path)}`,
+      );
+    }
+    const part = readOne(beside);
+    if (part.metadata.get("split.count") !== count || part.metadata.get("split.no") !== number) {
+      throw new GgufError("split.no", 0, `${name} does not say that it is file ${number + 1} of ${count}`);
+    }
+    size += part.size;
+    for (const tensor of part.tensors.values()) {
+      if (tensors.has(tensor.name)) {
+        throw new GgufError(`tensor ${JSON.stringify(tensor.name)}`, 0, `of ${name} occurs twice`);
+      }
+      tensors.set(tensor.name, { ...tensor, file: number });
+    }
+  }
+  const all = first.metadata.get("split.tensors.count") ?? tensors.size;
+  if (all !== tensors.size) {
+    throw new GgufError("split.tensors.count", 0, `is ${all}, but the ${count} files have ${tensors.size} tensors`);
+  }
+  return { ...first, files: names.slice(1), size, tensors };
+}
+
+function readOne(path: string): GgufFile {
   using file = Deno.openSync(path);
   const { size, isFile } = file.statSync();
   if (!isFile) throw new GgufError("file", 0, `${path} is no regular file`);

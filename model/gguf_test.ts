@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { join } from "node:path";
 import { fixture } from "../tests/data.ts";
 import { randomNumbers, tinyLlama, writeGguf } from "../tests/gguf_writer.ts";
 import type { Value } from "../tests/gguf_writer.ts";
@@ -77,6 +78,45 @@ Deno.test("readGguf: hostile headers and metadata are refused by name", () => {
   const broken = write([["text", { string: "abcd" }]]);
   broken[find(broken, "abcd")] = 0xff;
   refused(broken, /text/, /UTF-8/);
+});
+
+Deno.test("readGguf: a split model's files are read as one, and what is missing or not of it is named", async () => {
+  const { metadata, tensors } = tiny();
+  const folder = await Deno.makeTempDir({ prefix: "lutra-split-" });
+  const path = (i: number, of = 3) => join(folder, `m-0000${i}-of-0000${of}.gguf`);
+  const write = (to: string, no: number, count: number, part: typeof tensors, all = tensors.length) => {
+    const split: [string, Value][] = [["split.no", { u32: no }], ["split.count", { u32: count }]];
+    split.push(["split.tensors.count", { u32: all }]);
+    Deno.writeFileSync(to, writeGguf([...(no === 0 ? metadata : []), ...split], part));
+  };
+  const fails = (at: string, message: RegExp) =>
+    assert.throws(() => readGguf(at), (error) => error instanceof GgufError && message.test(error.message));
+  try {
+    write(path(1), 0, 3, []);
+    write(path(2), 1, 3, tensors.slice(0, 5));
+    fails(path(1), /m-00003-of-00003\.gguf, one of the model's 3 files, is not beside m-00001/);
+    write(path(3), 2, 3, tensors.slice(5));
+    const whole = readGguf(path(1));
+    assert.deepEqual(whole.files, ["m-00002-of-00003.gguf", "m-00003-of-00003.gguf"]);
+    assert.equal(whole.size, [1, 2, 3].reduce((sum, i) => sum + Deno.statSync(path(i)).size, 0));
+    assert.deepEqual([...whole.tensors.values()].map(({ file }) => file), tensors.map((_, i) => i < 5 ? 1 : 2));
+    assert.equal(describeModel(whole).hyper.layers, 1);
+    fails(path(2), /not the first of the model's files: take m-00001-of-00003\.gguf/);
+    write(path(3), 2, 3, tensors.slice(4));
+    fails(path(1), /of m-00003-of-00003\.gguf occurs twice/);
+    write(path(3), 2, 3, tensors.slice(6));
+    fails(path(1), /split\.tensors\.count.*is \d+, but the 3 files have \d+ tensors/);
+    write(path(3), 1, 3, tensors.slice(5));
+    fails(path(1), /m-00003-of-00003\.gguf does not say that it is file 3 of 3/);
+    write(join(folder, "m.gguf"), 0, 3, []);
+    fails(join(folder, "m.gguf"), /is one of 3 files, but is not named/);
+    write(path(1, 2), 0, 60_000, []);
+    fails(path(1, 2), /is one of 60000 files/);
+    Deno.writeFileSync(path(3), new Uint8Array(9));
+    fails(path(1), /magic/);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
 });
 
 Deno.test("readGguf: hostile tensor tables are refused by name", () => {

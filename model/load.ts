@@ -92,7 +92,7 @@ export function loadModel(path: string): Promise<LoadedModel> {
     return {
       path: gguf.path,
       files: gguf.files ?? [],
-      id: basename(path).replace(/\.gguf$/, ""),
+      id: basename(path).replace(/(-00001-of-\d{5})?\.gguf$/, ""),
       gguf,
       description,
       tokenizer,

@@ -3,8 +3,8 @@ import assert from "node:assert/strict";
 import { compare, goldens, logitsOf, withFolder } from "./architectures.ts";
 import type { Comparison, Golden } from "./architectures.ts";
 import { sameBits } from "./cluster.ts";
-import { repoPath } from "./data.ts";
-import { ARCHITECTURES } from "../model/mod.ts";
+import { fixture, repoPath } from "./data.ts";
+import { ARCHITECTURES, loadModel } from "../model/mod.ts";
 import { loadKernels } from "../worker/mod.ts";
 
 /** Whether logits are transformers', however they were computed. */
@@ -18,6 +18,19 @@ function assertEqual(golden: Golden, { prefill, decode, relative, same, otherArg
     const bound = 2 * 0.0064 * Math.sqrt(4 * 2 + 1);
     assert.ok(relative <= bound, `relative error ${relative} exceeds ${bound}`);
   }
+}
+
+for (const golden of goldens.filter(({ name }) => name === "mixtral" || name === "qwen2")) {
+  Deno.test(`${golden.name}: a GGUF that is split gives the bits of the whole one, on one shard and on two`, async () => {
+    const names = [...Deno.readDirSync(fixture("architectures"))].map(({ name }) => name);
+    const first = names.find((name) => name.startsWith(`${golden.name}-00001-of-`))!;
+    const path = fixture(`architectures/${first}`);
+    const model = await loadModel(path);
+    assert.equal(model.id, golden.name);
+    assert.ok(model.files.length >= 2, model.files.join());
+    const expected = await logitsOf(golden);
+    for (const shards of [1, 2]) assert.ok(sameBits(await logitsOf(golden, { path, shards }), expected));
+  });
 }
 
 for (const golden of goldens) {

@@ -11,9 +11,10 @@ import { createHash } from "node:crypto";
 import { mkdirSync, statfsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { z } from "zod";
+import { splitNames } from "../../model/mod.ts";
 import { bytes } from "../inspect.ts";
 import { HubError } from "./errors.ts";
-import { FOLDER_INDEX, FOLDER_WEIGHTS, referenceText, repoFolder } from "./reference.ts";
+import { FOLDER_INDEX, FOLDER_WEIGHTS, isFirst, referenceText, repoFolder } from "./reference.ts";
 import type { HubReference } from "./reference.ts";
 
 const DEFAULT_ENDPOINT = "https://huggingface.co";
@@ -96,22 +97,22 @@ export class HubClient {
   }
 
   /**
-   * The files to fetch: the one that the reference names, or else the repository's only GGUF, or else its safetensors with what
-   * belongs to them, the weights last.
+   * The files to fetch: the GGUF that the reference names, or else the repository's only one, or else its safetensors with what
+   * belongs to them. What makes them a model comes last: of a split GGUF its first file, the weights of a folder.
    *
    * @throws {HubError} listing those there are, when it is not clear.
    */
   async choose(reference: HubReference): Promise<(HubReference & { file: string })[]> {
-    if (reference.file !== undefined) return [{ ...reference, file: reference.file }];
+    if (reference.file !== undefined) return wholeModel(reference, reference.file);
     const files = await this.files(reference);
-    const models = files.filter(({ path }) => path.endsWith(".gguf"));
+    const models = modelsOf(files);
     if (models.length > 1) {
       throw new HubError(
         `${referenceText(reference)} has several GGUF files; choose one:\n${listed(models, reference)}`,
       );
     }
     const [only] = models;
-    if (only !== undefined) return [{ ...reference, file: only.path }];
+    if (only !== undefined) return wholeModel(reference, only.path);
     const paths = files.map(({ path }) => path);
     const beside = paths.filter((path) => FOLDER_FILES.has(path));
     // What makes the folder a model comes last, so that it is there only when all is.
@@ -314,6 +315,21 @@ export class HubClient {
   }
 }
 
+/** GGUF files, of split ones the first with the size of all. */
+function modelsOf(files: readonly HubFile[]): HubFile[] {
+  const sizes = new Map(files.map(({ path, size }) => [path, size]));
+  return files.filter(({ path }) => path.endsWith(".gguf") && isFirst(path)).map(({ path }) => ({
+    path,
+    size: (splitNames(path) ?? [path]).reduce((sum, name) => sum + (sizes.get(name) ?? 0), 0),
+  }));
+}
+
+/** All files of a GGUF, of which this is one. */
+function wholeModel(reference: HubReference, file: string): (HubReference & { file: string })[] {
+  const [first, ...others] = splitNames(file) ?? [file];
+  return [...others, first!].map((file) => ({ ...reference, file }));
+}
+
 function listed(files: readonly HubFile[], reference: HubReference): string {
   return files.map(({ path, size }) => `  ${referenceText({ ...reference, file: path })}  (${bytes(size)})`).join("\n");
 }
@@ -326,7 +342,7 @@ function suggestions(name: string, files: readonly HubFile[]): HubFile[] {
   };
   const wanted = pairs(name);
   const shared = (path: string) => [...pairs(path)].filter((pair) => wanted.has(pair)).length / (pairs(path).size || 1);
-  return files.filter(({ path }) => path.endsWith(".gguf")).sort((a, b) => shared(b.path) - shared(a.path)).slice(0, 8);
+  return modelsOf(files).sort((a, b) => shared(b.path) - shared(a.path)).slice(0, 8);
 }
 
 async function isFile(path: string): Promise<boolean> {

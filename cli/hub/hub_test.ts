@@ -259,6 +259,30 @@ Deno.test("pull: safetensors come with what belongs to them, and are no model be
     assert.deepEqual(names, ["config.json", "model.safetensors", "tokenizer.json"]);
   }));
 
+Deno.test("pull: any file of a split GGUF brings all of them, the first last", () =>
+  withHub(async (hub, cache, pull) => {
+    hub.files.clear();
+    const parts = [1, 2, 3].map((i) => `Q4/otter-0000${i}-of-00003.gguf`);
+    for (const [i, name] of parts.entries()) hub.files.set(name, { data: content(20_000, i), large: true });
+    for (const reference of ["hf:otters/tiny", `hf:otters/tiny:${parts[1]}`]) {
+      hub.mischief = { cuts: [20_000, 20_000, 100, 0, 0, 0, 0, 0, 0] };
+      await assert.rejects(pull(reference), says(/cannot be reached/));
+      assert.throws(() => modelPath(reference, () => cache), says(/is not here yet/));
+      hub.mischief = {};
+      const path = await pull(reference);
+      assert.ok(path.endsWith(join("Q4", "otter-00001-of-00003.gguf")), path);
+      assert.equal(modelPath(reference, () => cache), path);
+      assert.equal([...Deno.readDirSync(join(path, ".."))].length, 3);
+      Deno.removeSync(join(path, ".."), { recursive: true });
+    }
+    hub.files.set("Q8/otter-00001-of-00002.gguf", { data: content(9, 1), large: true });
+    hub.files.set("Q8/otter-00002-of-00002.gguf", { data: content(9, 2), large: true });
+    await assert.rejects(
+      pull("hf:otters/tiny"),
+      says(/several GGUF files[^]*Q4\/otter-00001\S+  \(60\.00 kB\)\n.*Q8\/otter-00001\S+  \(18 B\)$/),
+    );
+  }));
+
 Deno.test("pull: safetensors in several files come before the index that names them", () =>
   withHub(async (hub, cache, pull) => {
     hub.files.clear();

@@ -1,5 +1,6 @@
 import { readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
+import { splitNames } from "../../model/mod.ts";
 import { HubError } from "./errors.ts";
 
 /** A model on a hub: `hf:org/repo[@revision][:file]`. */
@@ -89,7 +90,7 @@ export function modelPath(text: string, cache: () => string = cacheFolder): stri
   }
   const isFolder = [FOLDER_WEIGHTS, FOLDER_INDEX].some((name) => isFile(join(folder, name)));
   if (reference.file === undefined && files.length === 0 && isFolder) return folder;
-  const path = files[0] === undefined ? undefined : join(folder, files[0]);
+  const path = files[0] === undefined ? undefined : join(folder, splitNames(files[0])?.[0] ?? files[0]);
   if (path === undefined || !isFile(path)) {
     throw new HubError(`${text} is not here yet: fetch it with \`pull ${text}\` first`);
   }
@@ -100,9 +101,15 @@ function isFile(path: string): boolean {
   return statSync(path, { throwIfNoEntry: false })?.isFile() === true;
 }
 
+/** Whether a GGUF is whole, or the first file of a split one. */
+export function isFirst(file: string): boolean {
+  return (splitNames(file)?.[0] ?? file) === file;
+}
+
 function ggufFiles(folder: string): string[] {
   try {
-    return readdirSync(folder, { recursive: true, encoding: "utf8" }).filter((name) => name.endsWith(".gguf")).sort();
+    const names = readdirSync(folder, { recursive: true, encoding: "utf8" });
+    return names.filter((name) => name.endsWith(".gguf") && isFirst(name)).sort();
   } catch {
     return [];
   }
