@@ -279,7 +279,7 @@ Deno.test("pull: any file of a split GGUF brings all of them, the first last", (
     hub.files.set("Q8/otter-00002-of-00002.gguf", { data: content(9, 2), large: true });
     await assert.rejects(
       pull("hf:otters/tiny"),
-      says(/several GGUF files[^]*Q4\/otter-00001\S+  \(60\.00 kB\)\n.*Q8\/otter-00001\S+  \(18 B\)$/),
+      says(/several GGUF files[^]*Q4\/otter-00001\S+ +\(60\.00 kB\)\n.*Q8\/otter-00001\S+ +\(18 B\)$/),
     );
   }));
 
