@@ -61,6 +61,7 @@ const FALLBACK =
 
 type Node = Parameters<Interpreter["evaluate"]>[0];
 type Value = ReturnType<Interpreter["evaluate"]>;
+type Argument = Node & { value?: Node };
 
 /** Stands in a syntax tree for what it was evaluated to. */
 class Evaluated {
@@ -83,6 +84,8 @@ class BoundedInterpreter extends Interpreter {
   #steps = 0;
   /** Texts that went through the filter `safe`. */
   readonly #safe = new WeakSet<Value>();
+  /** Texts whose `replace` is bounded. */
+  readonly #replacing = new WeakSet<Value>();
   /** Weights of lists and objects, which never change, unless there is a namespace in them. */
   readonly #weights = new WeakMap<object, number>();
 
@@ -94,9 +97,7 @@ class BoundedInterpreter extends Interpreter {
     const content: unknown = result?.value;
     if (typeof content !== "string") result.toString = () => this.#text(result);
     if (typeof content === "string") {
-      if (content.length > MAX_OUTPUT_CHARACTERS) {
-        throw new ChatTemplateError(`it writes more than ${MAX_OUTPUT_CHARACTERS} characters`);
-      }
+      checkLength(content.length);
       this.#spend(content.length / STEP_CHARACTERS);
     } else if (Array.isArray(content)) {
       this.#weigh(result);
@@ -110,7 +111,8 @@ class BoundedInterpreter extends Interpreter {
     if (node === undefined) return node;
     const of = node as unknown as Record<string, unknown> & {
       operator?: { value: string };
-      filter?: { value?: string; callee?: { value?: string }; args?: (Node & { value?: Node })[] };
+      filter?: { value?: string; callee?: { value?: string }; args?: Argument[] };
+      body?: readonly Node[];
     };
     const evaluated = (key: string) => this.evaluate(of[key] as Node, environment);
     const replaced = (changes: Record<string, Value>) =>
@@ -138,7 +140,7 @@ class BoundedInterpreter extends Interpreter {
       return replaced({ right });
     }
     if (node.type === "MemberExpression") {
-      const object = evaluated("object");
+      const object = this.#bounded(evaluated("object"));
       const property = of.property as Node & { value?: unknown };
       // A slice of a text is made by way of a list of its characters.
       if (property.type === "SliceExpression" && typeof object.value === "string") this.#spend(object.value.length);
@@ -163,8 +165,14 @@ class BoundedInterpreter extends Interpreter {
       const operand = evaluated("operand");
       return replaced({ operand: operand.type === "UndefinedValue" ? runtimeValue([]) : operand });
     }
+    if (node.type === "FilterStatement") {
+      const operand = { type: "Program", body: of.body };
+      return new Evaluated(
+        this.evaluate({ type: "FilterExpression", operand, filter: of.filter } as unknown as Node, environment),
+      ) as unknown as Node;
+    }
     if (node.type === "FilterExpression") {
-      let operand = evaluated("operand");
+      let operand = this.#bounded(evaluated("operand"));
       const filter = of.filter?.value ?? of.filter?.callee?.value ?? "";
       // Jinja selects nothing from none.
       if (operand.type === "NullValue" && ["selectattr", "rejectattr", "map"].includes(filter)) {
@@ -176,19 +184,65 @@ class BoundedInterpreter extends Interpreter {
       if (filter === "string" || (filter === "trim" && operand.type === "UndefinedValue")) {
         operand = runtimeValue(this.#text(operand));
       }
-      if (filter === "indent" || filter === "tojson") {
-        for (const argument of of.filter?.args ?? []) {
-          const named = argument.type === "KeywordArgumentExpression";
-          const width: unknown = this.evaluate(named ? argument.value : argument, environment).value;
-          if (Number(width) > MAX_INDENT) {
-            throw new ChatTemplateError(`it indents by ${width} characters; ${MAX_INDENT} may be`);
-          }
-        }
+      if (filter === "indent" || filter === "tojson" || filter === "join") {
+        this.#checkGrowth(operand, filter, of.filter?.args ?? [], environment);
       }
       if (!SHALLOW.has(filter)) this.#spend(this.#weigh(operand) / STEP_CHARACTERS);
       return replaced({ operand });
     }
     return node;
+  }
+
+  /** Refuses what these filters would make too large, before they make it. */
+  #checkGrowth(operand: Value, filter: string, args: readonly Argument[], environment: Environment): void {
+    // Widths, and the longest text between two elements; which argument is which does not matter.
+    let [width, separator] = [filter === "indent" ? 4 : 0, 2];
+    for (const argument of args) {
+      const named = argument.type === "KeywordArgumentExpression";
+      const { value } = this.evaluate(named ? argument.value : argument, environment);
+      if (typeof value === "number") width = Math.max(width, value);
+      if (width > MAX_INDENT) {
+        throw new ChatTemplateError(`it indents by ${width} characters; ${MAX_INDENT} may be`);
+      }
+      const texts: readonly unknown[] = Array.isArray(value) ? value.map((item: Value) => item.value) : [value];
+      for (const text of texts) if (typeof text === "string") separator = Math.max(separator, text.length);
+    }
+    const measure = (value: Value, depth: number): number => {
+      const content: unknown = value?.value;
+      if (typeof content === "string") return content.length;
+      const items = content instanceof Map ? [...content.values()] : Array.isArray(content) ? content : [];
+      let length = 0;
+      for (const item of items) {
+        length += separator + width * depth + measure(item, depth + 1);
+        checkLength(length);
+      }
+      return length;
+    };
+    const text: unknown = operand.value;
+    if (typeof text !== "string") checkLength(measure(operand, 1));
+    else if (filter === "indent") checkLength(text.length + width * count(text, "\n"));
+    else if (filter === "join") checkLength(text.length * (1 + separator));
+  }
+
+  /** A text whose `replace` makes no longer one than a template may. */
+  #bounded(value: Value): Value {
+    const replace = value.type === "StringValue" && !this.#replacing.has(value) && value.builtins.get("replace");
+    if (typeof replace !== "object") return value;
+    const text = String(value.value);
+    const call = (args: readonly Value[], environment: Environment): Value => {
+      const [from, to] = args.map((argument): unknown => argument.value);
+      if (typeof from === "string" && typeof to === "string") {
+        this.#spend(text.length / STEP_CHARACTERS);
+        checkLength(text.length + count(text, from) * Math.max(0, to.length - from.length));
+      }
+      return (replace.value as typeof call)(args, environment);
+    };
+    (value.builtins as Map<string, Value>).set(
+      "replace",
+      Object.assign(Object.create(Object.getPrototypeOf(replace)), replace, { value: call }),
+    );
+    this.#replacing.add(value);
+    return value;
   }
 
   /** A value as Python writes it. */
@@ -232,6 +286,20 @@ class BoundedInterpreter extends Interpreter {
     };
     return weigh(value);
   }
+}
+
+function checkLength(characters: number): void {
+  if (characters > MAX_OUTPUT_CHARACTERS) {
+    throw new ChatTemplateError(`it writes more than ${MAX_OUTPUT_CHARACTERS} characters`);
+  }
+}
+
+/** How often `part` occurs; the empty one before every character and at the end. */
+function count(text: string, part: string): number {
+  if (part === "") return text.length + 1;
+  let found = 0;
+  for (let at = text.indexOf(part); at >= 0; at = text.indexOf(part, at + part.length)) found++;
+  return found;
 }
 
 /** A JavaScript value as the package has it. */

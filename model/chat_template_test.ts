@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { fixture, shared } from "../tests/data.ts";
+import { fixture, repoPath, shared } from "../tests/data.ts";
 import { randomNumbers } from "../tests/gguf_writer.ts";
 import { ChatTemplate } from "./chat_template.ts";
 import type { ChatMessage, ChatTool } from "./chat_template.ts";
@@ -82,6 +82,53 @@ Deno.test("ChatTemplate: a hostile template cannot run or write for ever", () =>
     if (source.startsWith("(((")) assert.equal(new ChatTemplate(source).render(talk), source);
     else assert.throws(() => new ChatTemplate(source).render(talk), ChatTemplateError, source.slice(0, 200));
   }
+});
+
+Deno.test("ChatTemplate: what filters would make too large is refused before it takes the memory", async () => {
+  const long = "{% set s = range(5000) | join %}{% set t = range(4000) | join %}";
+  const lines = "{% set ns = namespace(s='a\n') %}{% for i in range(19) %}{% set ns.s = ns.s + ns.s %}{% endfor %}";
+  const sources = [
+    `${long}{{ range(24000) | join(s) }}`,
+    `${long}{{ range(24000) | join(separator=s) }}`,
+    `${long}{% filter join(s) %}{{ t }}{% endfilter %}`,
+    `${long}{{ t.replace('', s) }}`,
+    `${long}{{ t['replace']('', s) }}`,
+    `${long}{{ t | replace('', s) }}`,
+    `${long}{% filter replace('', s) %}{{ t }}{% endfilter %}`,
+    `${long}{% macro m() %}{{ caller() | replace('', s) }}{% endmacro %}{% call m() %}{{ t }}{% endcall %}`,
+    `${lines}{{ ns.s | indent(256) }}`,
+    `${lines}{% filter indent(width=256) %}{{ ns.s }}{% endfilter %}`,
+    `${long}{{ range(24000) | tojson(separators=[s, s]) }}`,
+    "{% set ns = namespace(a=[1]) %}{% for i in range(700) %}{% set ns.a = [ns.a, ns.a] if i < 10 else [ns.a] %}{% endfor %}{{ ns.a | tojson(indent=256) }}",
+  ];
+  // With little memory: to make any of these texts would end the process.
+  const script = `
+    import { ChatTemplate } from ${JSON.stringify(import.meta.resolve("./chat_template.ts"))};
+    for (const source of ${JSON.stringify(sources)}) {
+      try {
+        console.log(new ChatTemplate(source).render([]).length);
+      } catch (error) {
+        console.log(error.message.includes("writes more than") ? "refused" : error.message);
+      }
+    }`;
+  const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+    args: ["eval", "--no-check", "--v8-flags=--max-old-space-size=100", script],
+    cwd: repoPath("."),
+  }).output();
+  assert.equal(code, 0, new TextDecoder().decode(stderr).slice(0, 1000));
+  assert.deepEqual(new TextDecoder().decode(stdout).trim().split("\n"), sources.map(() => "refused"));
+});
+
+Deno.test("ChatTemplate: filters that grow texts give what Jinja gives", () => {
+  const render = (source: string) => new ChatTemplate(source).render(talk);
+  assert.equal(render("{{ ['a', 'b'] | join(', ') }} {{ 'abc' | join('-') }}"), "a, b a-b-c");
+  assert.equal(
+    render("{{ 'aXbX'.replace('X', '--') }} {{ 'aXbX' | replace('X', '') }} {{ 'ab'.replace('', '.') }}"),
+    "a--b-- ab .a.b.",
+  );
+  assert.equal(render("{% filter replace('a', 'oo') %}ba{% endfilter %}{% filter upper %}x{% endfilter %}"), "booX");
+  assert.equal(render("{{ 'a\nb' | indent(2) }}|{{ {'k': [1]} | tojson(indent=1) }}"), 'a\n  b|{\n "k": [\n  1\n ]\n}');
+  assert.equal(render("{{ [1, 'a'] | tojson(separators=[',', ':']) }}"), '[1,"a"]');
 });
 
 interface Conversation {
