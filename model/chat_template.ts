@@ -1,5 +1,6 @@
 import { Environment, Interpreter, Template } from "@huggingface/jinja";
 import { ChatTemplateError } from "./errors.ts";
+import { ToolCallParser } from "./tool_calls.ts";
 
 /** A tool that the model may call, as OpenAI's API describes it. */
 export interface ChatTool {
@@ -55,6 +56,8 @@ const MAX_RANGE = 1 << 16;
 const MAX_BLANKS = 1 << 11;
 /** Widest indentation that filters write. */
 const MAX_INDENT = 1 << 8;
+/** A name that no template has. */
+const PROBE = "lutra_probe";
 /** Used for models that bring no template: plain, so that base models can go on with it. */
 const FALLBACK =
   "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}";
@@ -386,13 +389,12 @@ export class ChatTemplate {
   }
 
   #probe(): boolean {
-    const name = "lutra_probe";
     const tool: ChatTool = {
       type: "function",
-      function: { name, description: name, parameters: { type: "object", properties: {} } },
+      function: { name: PROBE, description: PROBE, parameters: { type: "object", properties: {} } },
     };
     try {
-      return this.render([{ role: "user", content: "Hello" }], { tools: [tool] }).includes(name);
+      return this.render([{ role: "user", content: "Hello" }], { tools: [tool] }).includes(PROBE);
     } catch {
       return false;
     }
@@ -414,6 +416,35 @@ export class ChatTemplate {
         throw error; // what the template says of the usual form
       }
     }
+  }
+
+  /**
+   * What the model begins a call of a tool with, behind what `render` ends with, as the template itself writes calls: up to
+   * the tool's name, or with `name` up to its arguments. `undefined`: in no form that {@linkcode ToolCallParser} understands.
+   */
+  callOpening(messages: readonly ChatMessage[], options: RenderOptions, name?: string): string | undefined {
+    const tool = name ?? PROBE;
+    const call = { id: "lutraCall", type: "function", function: { name: tool, arguments: { [PROBE]: 1 } } } as const;
+    const prompt = this.render(messages, options);
+    let whole: string;
+    try {
+      const answer = { role: "assistant", content: "", tool_calls: [call] };
+      whole = this.render([...messages, answer], { ...options, addGenerationPrompt: false });
+    } catch (error) {
+      if (!(error instanceof ChatTemplateError)) throw error;
+      return undefined;
+    }
+    if (!whole.startsWith(prompt)) return undefined;
+    // Without the tokens that end the answer.
+    const [written = ""] = /^.*(?:\}|\]|<\/tool_call>)/s.exec(whole.slice(prompt.length)) ?? [];
+    const parser = new ToolCallParser([tool]);
+    const calls = [parser.push(written), parser.flush()].flatMap((part) => part.calls);
+    const at = written.indexOf(tool);
+    if (calls.length !== 1 || calls[0]!.name !== tool || at < 0) return undefined;
+    // Models are used to quotes and blanks that are one token with what follows.
+    if (name === undefined) return written.slice(0, at).replace(/\s*"?$/, "");
+    const end = written.indexOf("{", at + tool.length);
+    return end < 0 ? undefined : written.slice(0, end).trimEnd();
   }
 
   #render(messages: readonly ChatMessage[], options: RenderOptions): string {

@@ -102,12 +102,13 @@ export function createApp(options: AppOptions): Hono {
     const body = await readBody(c, chatSchema);
     const topLogprobs = body.logprobs === true ? body.top_logprobs ?? 0 : undefined;
     const maxTokens = body.max_completion_tokens ?? body.max_tokens;
-    const generation = startGeneration(engine, body, [chatPrompt(engine, body)], {
+    const { tokens, opening } = chatPrompt(engine, body);
+    const generation = startGeneration(engine, body, [tokens], {
       maxTokens,
       topLogprobs,
       signal: c.req.raw.signal,
     });
-    return body.stream === true ? streamChat(body, generation) : await wholeChat(c, body, generation);
+    return body.stream === true ? streamChat(body, generation, opening) : await wholeChat(c, body, generation, opening);
   });
   app.post("/v1/completions", async (c) => {
     const body = await readBody(c, completionSchema);
@@ -178,12 +179,12 @@ export function createApp(options: AppOptions): Hono {
   /** An event's text with the special tokens that structure calls of tools. */
   const markedText = (event: TokenEvent) => event.text + toolCallMark(engine.model.tokenizer, event.id);
 
-  async function wholeChat(c: Context, body: ChatBody, generation: Generation): Promise<Response> {
+  async function wholeChat(c: Context, body: ChatBody, generation: Generation, opening: string): Promise<Response> {
     const tools = toolsOf(body);
     const done = await whole(generation, body.ignore_eos === true, tools.length > 0 ? markedText : undefined);
     const choices = done.map(({ index, text, tokens, reason }) => {
       const parser = new ToolCallParser(tools.map((tool) => tool.function.name));
-      const parts = tools.length > 0 ? [parser.push(text), parser.flush()] : [{ text, calls: [] }];
+      const parts = tools.length > 0 ? [parser.push(opening + text), parser.flush()] : [{ text, calls: [] }];
       const calls = parts.flatMap((part) => part.calls).map((call) => apiCall(call));
       const content = parts.map((part) => part.text).join("");
       return {
@@ -264,7 +265,7 @@ export function createApp(options: AppOptions): Hono {
     }, generation.abort);
   }
 
-  function streamChat(body: ChatBody, generation: Generation): Response {
+  function streamChat(body: ChatBody, generation: Generation, opening: string): Response {
     const choice = (index: number, delta: object, logprobs: readonly TokenLogprobs[], reason: string | null) => ({
       index,
       delta,
@@ -283,7 +284,11 @@ export function createApp(options: AppOptions): Hono {
         end: (index, reason) => choice(index, {}, [], reason),
       });
     }
-    const parsers = generation.choices.map(() => new ToolCallParser(tools.map((tool) => tool.function.name)));
+    const parsers = generation.choices.map(() => {
+      const parser = new ToolCallParser(tools.map((tool) => tool.function.name));
+      parser.push(opening); // which ends within a call: nothing comes of it yet
+      return parser;
+    });
     const calls = generation.choices.map(() => 0);
     return stream(body, generation, base, {
       textOf: markedText,
@@ -375,8 +380,8 @@ function apiCall({ name, arguments: text }: ToolCall) {
   return { id, type: "function", function: { name, arguments: text } };
 }
 
-/** The conversation as tokens, through the model's template. */
-function chatPrompt(engine: Engine, body: ChatBody): number[] {
+/** The conversation as tokens, through the model's template, and what of the answer they have already: a call's beginning. */
+function chatPrompt(engine: Engine, body: ChatBody): { tokens: number[]; opening: string } {
   const { chatTemplate, tokenizer } = engine.model;
   const tools = toolsOf(body);
   const called = body.messages.some((m) => m.role === "tool" || (m.role === "assistant" && m.tool_calls !== undefined));
@@ -406,10 +411,34 @@ function chatPrompt(engine: Engine, body: ChatBody): number[] {
     // OpenAI's newer name for system.
     return { role: message.role === "developer" ? "system" : message.role, content: message.content };
   });
-  const tokens = tokenizer.encode(chatTemplate.render(messages, { tools }), { parseSpecial: true });
+  const opening = callOpening(engine, body, messages, tools);
+  const tokens = tokenizer.encode(chatTemplate.render(messages, { tools }) + opening, { parseSpecial: true });
   // Templates often write BOS themselves.
   const { bosId } = tokenizer;
-  return bosId !== undefined && tokens[0] === bosId && tokens[1] === bosId ? tokens.slice(1) : tokens;
+  const twice = bosId !== undefined && tokens[0] === bosId && tokens[1] === bosId;
+  return { tokens: twice ? tokens.slice(1) : tokens, opening };
+}
+
+/** How an answer begins that must be a call. */
+function callOpening(
+  engine: Engine,
+  { tool_choice: choice }: ChatBody,
+  messages: readonly ChatMessage[],
+  tools: readonly ChatTool[],
+): string {
+  if (choice === undefined || choice === "none" || choice === "auto") return "";
+  const name = choice === "required" ? undefined : choice.function.name;
+  const refuse = (message: string) =>
+    new ApiError(400, message, { param: "tool_choice", code: "unsupported_parameter" });
+  if (tools.length === 0) throw refuse("tool_choice asks for a call, but there are no tools");
+  if (name !== undefined && !tools.some((tool) => tool.function.name === name)) {
+    throw refuse(`tool_choice names ${JSON.stringify(name)}, which is none of the tools`);
+  }
+  const opening = engine.model.chatTemplate.callOpening(messages, { tools }, name);
+  if (opening !== undefined) return opening;
+  throw refuse(
+    "the model's chat template does not write calls in a form that could be begun: only the tool choices none and auto are supported",
+  );
 }
 
 function completionPrompts(engine: Engine, { prompt }: CompletionBody): number[][] {

@@ -70,7 +70,10 @@ export const chatSchema = z.object({
   ...common,
   messages: z.array(message).min(1),
   tools: nullish(z.array(tool).max(128)),
-  tool_choice: nullish(z.enum(["none", "auto"], "only the tool choices none and auto are supported")),
+  tool_choice: nullish(z.union([
+    z.enum(["none", "auto", "required"]),
+    z.object({ type: z.literal("function"), function: z.object({ name: z.string() }) }),
+  ], "tool choices are none, auto, required, and one function by its name")),
   parallel_tool_calls: nullish(z.literal(true, "parallel_tool_calls cannot be turned off")),
   max_completion_tokens: nullish(z.number().int().min(1)),
   logprobs: nullish(z.boolean()),

@@ -1,5 +1,7 @@
 import assert from "node:assert/strict";
 import { ChatTemplate } from "../../model/mod.ts";
+import type { ChatTool } from "../../model/mod.ts";
+import { shared } from "../../tests/data.ts";
 import type { Engine } from "../engine.ts";
 import type { GenerateEvent, GenerateRequest } from "../request.ts";
 import { createApp } from "./mod.ts";
@@ -82,6 +84,60 @@ Deno.test("tools: an answer without calls is text; tool_choice none offers none 
   assert.ok(!prompts.at(-1)!.includes("TOOLS"));
 });
 
+const QWEN =
+  "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}" +
+  '{% for c in m.tool_calls or [] %}<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}' +
+  "\n</tool_call>{% endfor %}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+
+Deno.test("tools: a call that must be made is begun for the model, as its template writes calls", async () => {
+  const named = { type: "function", function: { name: "depth" } };
+  for (
+    const [choice, opening, answer] of [
+      ["required", '<tool_call>\n{"name":', ' "depth", "arguments": {"place": "Orford"}}\n</tool_call>'],
+      [named, '<tool_call>\n{"name": "depth", "arguments":', ' {"place": "Orford"}}\n</tool_call>'],
+    ] as const
+  ) {
+    const { ask, prompts } = scripted(answer, QWEN);
+    const { choices: [whole] } = await (await ask({ tools, tool_choice: choice })).json();
+    assert.ok(prompts.at(-1)!.endsWith(`<user>How deep?<end>\n<assistant>${opening}`), prompts.at(-1));
+    assert.equal(whole.message.content, null);
+    assert.deepEqual(whole.message.tool_calls[0].function, { name: "depth", arguments: '{"place":"Orford"}' });
+    assert.equal(whole.finish_reason, "tool_calls");
+    const text = await (await ask({ tools, tool_choice: choice, stream: true })).text();
+    const deltas = text.split("\n\n").filter((e) => e.startsWith("data: {")).map((e) =>
+      JSON.parse(e.slice(6)).choices[0].delta
+    );
+    assert.equal(deltas.map((delta) => delta.content ?? "").join(""), "");
+    assert.deepEqual(deltas.flatMap((delta) => delta.tool_calls ?? []).map((call) => call.function.name), ["depth"]);
+  }
+  // What the model goes on with instead is not lost.
+  const { choices: [other] } = await (await scripted(" no", QWEN).ask({ tools, tool_choice: "required" })).json();
+  assert.deepEqual([other.message.content, other.finish_reason], ['<tool_call>\n{"name": no', "stop"]);
+});
+
+Deno.test({
+  name: "ChatTemplate: calls begin as real templates write them",
+  ignore: shared.absent,
+  fn() {
+    const openings = (name: string) => {
+      const template = new ChatTemplate(Deno.readTextFileSync(shared.path(`templates/${name}.jinja`)), {
+        bos: "<s>",
+        eos: "</s>",
+      });
+      const messages = [{ role: "user", content: "How deep?" }];
+      return ["", "depth"].map((tool) =>
+        template.callOpening(messages, { tools: tools as ChatTool[] }, tool || undefined)
+      );
+    };
+    const hermes = ['<tool_call>\n{"name":', '<tool_call>\n{"name": "depth", "arguments":'];
+    assert.deepEqual(openings("Qwen-Qwen2.5-7B-Instruct"), hermes);
+    assert.deepEqual(openings("NousResearch-Hermes-3-Llama-3.1-8B-tool_use"), hermes);
+    assert.deepEqual(openings("meta-llama-Llama-3.3-70B-Instruct"), ['{"name":', '{"name": "depth", "parameters":']);
+    assert.deepEqual(openings("unsloth-mistral-Devstral-Small-2507"), ["[TOOL_CALLS]", "[TOOL_CALLS]depth[ARGS]"]);
+    assert.deepEqual(openings("Qwen3-Coder"), [undefined, undefined]);
+  },
+});
+
 Deno.test("tools: calls and their results go back to the model", async () => {
   const { ask, prompts } = scripted("4.2 m.");
   const response = await ask({
@@ -107,6 +163,9 @@ Deno.test("tools: what cannot be done is refused by name", async () => {
       ["{{ messages[0].content }}", { tools }, "tools"],
       [TEMPLATE, { tools, tool_choice: "required" }, "tool_choice"],
       [TEMPLATE, { tools, tool_choice: { type: "function", function: { name: "depth" } } }, "tool_choice"],
+      [QWEN, { tools, tool_choice: { type: "function", function: { name: "width" } } }, "tool_choice"],
+      [QWEN, { tools, tool_choice: "sometimes" }, "tool_choice"],
+      [QWEN, { tool_choice: "required" }, "tool_choice"],
       [TEMPLATE, { tools, parallel_tool_calls: false }, "parallel_tool_calls"],
       [TEMPLATE, { tools: [{ type: "web_search" }] }, "tools.0.type"],
       [TEMPLATE, { tools: [{ type: "function", function: { name: "a b" } }] }, "tools.0.function.name"],
