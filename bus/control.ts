@@ -251,12 +251,15 @@ export const controlReplySchema = z.discriminatedUnion("ok", [
 /** A worker's answer. */
 export type ControlReply = z.infer<typeof controlReplySchema>;
 
+/** `waiting` for workers, `loading`, `serving`, `recovering` from a loss, `unavailable` for want of workers, `closed`. */
+const deploymentStateSchema = z.enum(["waiting", "loading", "serving", "recovering", "unavailable", "closed"]);
+
 /** What the orchestrator tells of the cluster. */
 export const clusterStatusSchema = z.strictObject({
   orchestrator: name,
   model: z.string(),
-  /** `waiting` for workers, `loading`, `serving`, `recovering` from a loss, `unavailable` for want of workers, `closed`. */
-  state: z.enum(["waiting", "loading", "serving", "recovering", "unavailable", "closed"]),
+  /** Of the foremost replica. */
+  state: deploymentStateSchema,
   /** Why it does not serve; empty while it does. */
   reason: z.string(),
   epoch: u32,
@@ -265,9 +268,13 @@ export const clusterStatusSchema = z.strictObject({
   /** Placements made after a loss, and milliseconds that the last one took. */
   recoveries: size,
   lastRecoveryMs: z.number().nonnegative().nullable(),
+  /** Those that serve, each with the whole model, and those that would: as `state`, `epoch`, `running` and `waiting` of all. */
+  replicas: z.array(z.strictObject({ state: deploymentStateSchema, epoch: u32, running: size, waiting: size })),
   workers: z.array(z.strictObject({
     id: name,
     state: z.enum(["ready", "draining", "lost", "refused"]),
+    /** Its replica, from 0; `null` when it holds none. */
+    replica: size.nullable(),
     isa: z.string(),
     cores: size,
     memoryBytes: size,

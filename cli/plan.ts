@@ -12,13 +12,13 @@ import {
   HOP_SECONDS,
   Membership,
   modelCost,
-  place,
-  predict,
+  placeReplicas,
+  predictReplicas,
   probeOf,
   stageCosts,
   Telemetry,
 } from "../orchestrator/mod.ts";
-import type { Device, ModelCost, PlacedStage, Probe } from "../orchestrator/mod.ts";
+import type { Device, ModelCost, Probe, Replica } from "../orchestrator/mod.ts";
 import { isHubReference, modelPath } from "./hub/reference.ts";
 import { bytes, table } from "./inspect.ts";
 import { natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
@@ -29,6 +29,7 @@ interface PlanFlags extends NatsFlags {
   device?: Device[];
   type: string;
   shards?: number;
+  streams?: number;
   context?: number;
   kvType: "f16" | "f32" | "q8";
   kvTokens?: number;
@@ -56,7 +57,8 @@ export function addPlan(program: Command): void {
       (text: string, before: Device[] = []) => [...before, ...parseDevices(text, before.length)],
     )
     .option("--type <name>", "type of the weights, as GGML names it, where there is no file", "Q4_0")
-    .option("--shards <n>", "split the layers into n stages", integer(1))
+    .option("--shards <n>", "split the layers into n stages, in one replica", integer(1))
+    .option("--streams <n>", "requests that run at once, for which it is placed (default: many)", integer(1))
     .option("--context <tokens>", "most tokens of prompt and answer (default: the model's, at most 8192)", integer(2))
     .option("--kv-type <type>", "element type of the KV cache: f16, f32 or q8", parseKvType, "f16")
     .option("--kv-tokens <n>", "tokens that the KV cache holds over all requests", integer(2))
@@ -76,11 +78,12 @@ export function addPlan(program: Command): void {
       const cost = modelCost(description, kv);
       const devices = flags.device ?? await clusterDevices(flags, probeOf(description, { kv, context }));
       const hopSeconds = flags.hop === undefined ? HOP_SECONDS : flags.hop / 1000;
-      const stages = place(cost, devices, {
+      const options = {
         hopSeconds,
         ...(flags.shards === undefined ? {} : { shards: flags.shards }),
-      });
-      show(cost, devices, stages, hopSeconds, flags.json === true);
+        ...(flags.streams === undefined ? {} : { streams: flags.streams }),
+      };
+      show(cost, devices, placeReplicas(cost, devices, options), options, flags.json === true);
     },
   );
 }
@@ -133,37 +136,41 @@ async function clusterDevices(flags: PlanFlags, probe: Probe): Promise<Device[]>
 function show(
   cost: ModelCost,
   devices: readonly Device[],
-  stages: readonly PlacedStage[],
-  hopSeconds: number,
+  replicas: readonly Replica[],
+  options: { hopSeconds: number; streams?: number },
   json: boolean,
 ): void {
-  const costs = stageCosts(cost, devices, stages);
-  const rows = stages.map((stage, i) => ({ ...stage, ...costs[i]! }));
-  const { oneStream, manyStreams } = predict(cost, devices, stages, hopSeconds);
+  const rows = replicas.flatMap((stages, replica) => {
+    const costs = stageCosts(cost, devices, stages);
+    return stages.map((stage, i) => ({ replica, ...stage, ...costs[i]! }));
+  });
+  const { oneStream, manyStreams } = predictReplicas(cost, devices, replicas, options);
   const idle = devices.filter(({ id }) => rows.every(({ worker }) => worker !== id)).map(({ id }) => id);
   if (json) {
     const measured = devices.map(({ id, speed, hopSeconds: own }) => ({
       id,
       msPerLayer: speed == null ? null : 1000 * speed.layerSeconds,
       msHead: speed == null ? null : 1000 * speed.headSeconds,
-      hopMs: 1000 * (own ?? hopSeconds),
+      hopMs: 1000 * (own ?? options.hopSeconds),
     }));
     const rates = { oneStreamTokS: oneStream, manyStreamsTokS: manyStreams };
     return console.log(JSON.stringify({ stages: rows, idle, devices: measured, ...rates }));
   }
+  const several = replicas.length > 1;
   const byId = new Map(devices.map((device) => [device.id, device]));
   const ms = (seconds: number | undefined) => seconds === undefined ? "–" : (1000 * seconds).toFixed(3);
   console.log([
     ...table(
-      ["device", "layers", "memory", "of", "ms/layer", "head", "hop", "ms a token"],
-      rows.map(({ worker, first, end, memoryBytes, seconds }) => [
+      [...(several ? ["replica"] : []), "device", "layers", "memory", "of", "ms/layer", "head", "hop", "ms a token"],
+      rows.map(({ replica, worker, first, end, memoryBytes, seconds }) => [
+        ...(several ? [`${replica + 1}`] : []),
         worker,
         `${first}–${end - 1}`,
         bytes(Math.round(memoryBytes)),
         bytes(byId.get(worker)!.memoryBytes),
         ms(byId.get(worker)!.speed?.layerSeconds),
         ms(byId.get(worker)!.speed?.headSeconds),
-        ms(byId.get(worker)!.hopSeconds ?? hopSeconds),
+        ms(byId.get(worker)!.hopSeconds ?? options.hopSeconds),
         (1000 * seconds).toFixed(2),
       ]),
     ),

@@ -7,7 +7,7 @@ import { nats } from "../tests/nats.ts";
 import { Worker } from "../worker/worker.ts";
 
 interface Plan {
-  stages: { worker: string; first: number; end: number; memoryBytes: number; seconds: number }[];
+  stages: { replica: number; worker: string; first: number; end: number; memoryBytes: number; seconds: number }[];
   idle: string[];
   devices: { id: string; msPerLayer: number | null; msHead: number | null; hopMs: number }[];
   oneStreamTokS: number;
@@ -59,9 +59,20 @@ Deno.test("plan: Llama 2 70B on eight boards, by hand", async () => {
   near(oneStreamTokS, 1 / ((80 * layer + head) / 12e9 + 8 * 1e-3), "one stream reads all and hops eight times");
 });
 
-Deno.test("plan: a model that fits the fastest board stays there; types and KV cache count", async () => {
+Deno.test("plan: a model that fits boards lies on each, unless one stream alone is to run; types and KV cache count", async () => {
+  const three = ["--device", "8GB:12GBps", "--device", "8GB:10GBps", "--device", "2GB:5GBps"];
+  const f16Twice = await plan(["tinyllama-1.1b", "--type", "F16", ...three]);
+  const replicas = [0, 1].map((n) => f16Twice.stages.filter(({ replica }) => replica === n));
+  assert.deepEqual(replicas.map((stages) => stages.map(({ worker }) => worker)), [["device-1"], [
+    "device-3",
+    "device-2",
+  ]]);
+  assert(replicas[1]![0]!.end <= 3, "which cannot hold it takes what costs a stream a twentieth at the most");
+  assert(f16Twice.manyStreamsTokS > 1.8 * f16Twice.oneStreamTokS);
+  const q8Thrice = await plan(["tinyllama-1.1b", "--type", "Q8_0", "--kv-type", "q8", ...three]);
+  assert.deepEqual([q8Thrice.stages.length, q8Thrice.idle], [3, []], "the third holds it too");
   const devices = ["--device", "8GB:12GBps", "--device", "2GB:5GBps"];
-  const { stages, idle } = await plan(["tinyllama-1.1b", "--type", "F16", ...devices]);
+  const { stages, idle } = await plan(["tinyllama-1.1b", "--type", "F16", "--streams", "1", ...devices]);
   assert.deepEqual(stages.map(({ worker }) => worker), ["device-1"], "any split would cost one stream a twentieth");
   assert.deepEqual(idle, ["device-2"]);
   const q8 = await plan(["tinyllama-1.1b", "--type", "Q8_0", "--kv-type", "q8", ...devices.slice(2)]);
@@ -69,7 +80,12 @@ Deno.test("plan: a model that fits the fastest board stays there; types and KV c
   const f16 = await run(["tinyllama-1.1b", "--type", "F16", ...devices.slice(2)]);
   assert.match(f16.stderr, /device-1 offers 2\.00 GB, room for/);
   const text = await run(["tinyllama-1.1b", ...devices]);
-  assert.match(text.stdout, /^device +layers +memory +of +ms\/layer +head +hop +ms a token$/m);
+  assert.match(
+    text.stdout,
+    /^replica +device +layers +memory +of +ms\/layer +head +hop +ms a token\n1 +device-1 .*\n2 +device-2 /m,
+  );
+  const one = await run(["tinyllama-1.1b", ...devices.slice(2)]);
+  assert.match(one.stdout, /^device +layers +memory +of +ms\/layer +head +hop +ms a token$/m);
   assert.match(text.stdout, /one stream [\d.]+ tok\/s, many together [\d.]+ tok\/s/);
 });
 
@@ -90,7 +106,7 @@ Deno.test("plan: a config.json needs no weights, and a file gives its own", asyn
     await Deno.remove(folder, { recursive: true });
   }
   const file = await plan([fixture("llama-q-Q4_0.gguf"), "--device", "1GB:20GBps", "--device", "1GB:10GBps"]);
-  assert.deepEqual(file.stages.map(({ worker, end }) => [worker, end]), [["device-1", 5]]);
+  assert.deepEqual(file.stages.map(({ worker, end }) => [worker, end]), [["device-1", 5], ["device-2", 5]]);
   const split = await plan([fixture("llama-q-Q4_0.gguf"), "--device", "2x1GB:20GBps", "--shards", "2"]);
   assert.equal(split.stages.length, 2);
 });

@@ -14,6 +14,7 @@ import { FALLBACK_TURNS } from "./run.ts";
 
 interface ServeFlags extends ClusterFlags, NatsFlags {
   workers: number;
+  streams?: number;
   recovery: number;
   standby?: boolean;
   /** False: `--no-worker`. */
@@ -47,6 +48,11 @@ export function addServe(program: Command): void {
     )
     .option("--nats-port <n>", "port that an embedded NATS server listens on", integer(0), 4222)
     .option("--workers <n>", "workers to wait for before the model is placed", integer(1), 1)
+    .option(
+      "--streams <n>",
+      "requests that run at once, for which the model is placed: with 1 devices compute a prompt together (default: many)",
+      integer(1),
+    )
     .option("--recovery <seconds>", "how long requests wait for a lost worker to be replaced", number(0, 3600), 10)
     .option("--standby", "have devices fetch the layers, too, that they would take over from one that is lost")
     .option("--no-worker", "do not compute on this device, with --nats");
@@ -119,12 +125,13 @@ async function load(
     const { onHashing: _, ...local } = options;
     return await startLocalCluster(path, local).finally(() => line[Symbol.dispose]());
   }
-  const { natsHost, natsPort, workers, worker = true } = flags;
+  const { natsHost, natsPort, workers, streams, worker = true } = flags;
   return await openNatsCluster(path, {
     ...options,
     recoveryTimeoutMs: 1000 * flags.recovery,
     standby: flags.standby === true,
     ...{ flags, address, natsPort, workers, worker },
+    ...(streams === undefined ? {} : { streams }),
     ...(natsHost === undefined ? {} : { natsHost }),
   });
 }

@@ -83,17 +83,24 @@ async function watch(bus: NatsBus, { cluster, every }: StatusFlags): Promise<voi
 
 /** A cluster's state as text. */
 export function describeStatus(status: ClusterStatus): string {
-  const { model, state, reason, epoch, running, waiting, recoveries, lastRecoveryMs } = status;
+  const { model, state, reason, epoch, running, waiting, recoveries, lastRecoveryMs, replicas } = status;
+  const several = replicas.length > 1;
   const again = lastRecoveryMs === null ? "" : `, the last in ${Math.round(lastRecoveryMs)} ms`;
   const or = (value: number | null, show: (value: number) => string) => value === null ? "–" : show(value);
   return [
     `${model}: ${state}${reason === "" ? "" : ` (${reason})`}, epoch ${epoch}`,
     `${running} requests run, ${waiting} wait; ${recoveries} recoveries${again}`,
+    ...(several
+      ? replicas.map((replica, i) =>
+        `replica ${i + 1}: ${replica.state}, epoch ${replica.epoch}, ${replica.running} run, ${replica.waiting} wait`
+      )
+      : []),
     "",
     ...table(
       [
         "device",
         "state",
+        ...(several ? ["replica"] : []),
         "layers",
         "ms/step",
         "hop RTT",
@@ -110,6 +117,7 @@ export function describeStatus(status: ClusterStatus): string {
       status.workers.map((worker) => [
         worker.id,
         worker.loading === null ? worker.state : `${worker.loading.phase} ${Math.floor(100 * worker.loading.share)} %`,
+        ...(several ? [worker.replica === null ? "–" : `${worker.replica + 1}`] : []),
         worker.layers.map(([first, end]) => `${first}–${end - 1}`).join(", ") || "–",
         worker.stepMs.map((ms) => or(ms, (value) => value.toFixed(2))).join(", ") || "–",
         or(worker.rttMs, (ms) => `${ms.toFixed(2)} ms`),

@@ -104,6 +104,31 @@ test("the next one lays the model where it lay, and waits a moment for those who
   for (const worker of [a, b]) await worker.end();
 });
 
+test("the next one lays every replica where it lay, and one whose worker is gone anew", async (servers) => {
+  const devices = [];
+  for (const id of ["a", "b", "c", "d", "e"]) devices.push(await device(servers, id));
+  const bus = await NatsBus.connect({ servers });
+  const stages = (...workers: string[]) => workers.map((worker, i) => ({ worker, first: 3 * i, end: 3 * i + 3 }));
+  const plan = { epoch: 7, model: "fake", replicas: [stages("d", "a"), stages("gone", "e"), stages("c", "b")] };
+  await bus.store(CLUSTER)!.savePlan(plan);
+  const { engine, end } = await orchestrator(servers);
+  await engine.ready;
+  await settled(() => engine.clusterStatus().replicas.filter(({ state }) => state === "serving").length === 3);
+  const lain = engine.stats().stages.map(({ replica, worker }) => [replica, worker]);
+  assert.deepEqual(lain, [[0, "d"], [0, "a"], [1, "c"], [1, "b"], [2, "e"]]);
+  assert(engine.clusterStatus().replicas.every(({ epoch }) => epoch > 7));
+  assert.deepEqual((await read(engine.generate(request))).ids, continuation([5, 6, 7], 20));
+  const kept = async () =>
+    (await bus.store(CLUSTER)!.plan())?.replicas.map((stages) => stages.map(({ worker }) => worker));
+  for (let i = 0; JSON.stringify(await kept()) !== '[["d","a"],["c","b"],["e"]]'; i++) {
+    assert(i < 100, JSON.stringify(await kept()));
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  await end();
+  await bus.close();
+  for (const worker of devices) await worker.end();
+});
+
 test("one whose lease another takes serves no longer, and says so", async (servers) => {
   const worker = await device(servers, "a");
   const first = await orchestrator(servers);

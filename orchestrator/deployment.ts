@@ -1,59 +1,75 @@
 import { BusError, clusterSubjects, controlReplySchema, decodeJson, encodeJson } from "../bus/mod.ts";
 import type { Bus, Hello, Loading, Shard, Stage, Subscription, WeightsRef } from "../bus/mod.ts";
-import { ClusterError, LoadError, PlacementError } from "./errors.ts";
-import { Membership } from "./membership.ts";
+import { ClusterError, LoadError } from "./errors.ts";
+import { hangs } from "./membership.ts";
+import type { Membership } from "./membership.ts";
 import { LONGEST_MS } from "./longest.ts";
 import { Pipeline } from "./pipeline.ts";
-import { Telemetry } from "./telemetry.ts";
-import { place, slowestStage, stageCosts } from "./placement.ts";
-import type { Device, ModelCost, PlacedStage } from "./placement.ts";
-import { askToMeasure, deviceOf } from "./speed.ts";
-import type { Probe } from "./speed.ts";
+import type { PlacedStage } from "./placement.ts";
+import type { Replica } from "./replicas.ts";
 
 /** Where a deployment is in its life; see {@linkcode clusterStatusSchema}. */
 export type DeploymentState = "waiting" | "loading" | "serving" | "recovering" | "unavailable" | "closed";
+
+/** Which devices a {@linkcode Deployment} may have, among others. */
+export interface DeviceShare {
+  /**
+   * Takes devices, instead of those it had, and says how the model lies on them.
+   *
+   * @throws {PlacementError} when it does not fit those that nobody else has.
+   */
+  claim(): Replica;
+  /** Gives them up. */
+  release(): void;
+  /** How the model would lie, once or several times, on its devices and those that nobody has, if that were worth a change. */
+  better(): readonly Replica[] | undefined;
+  /** How it would lie without a worker that it has; `undefined` when it could not. */
+  without(worker: string): Replica | undefined;
+  /** Whether other deployments serve, so that nothing need wait for this one. */
+  spare(): boolean;
+  /** Leaves a worker that did not load out for a while. */
+  suspect(error: LoadError): void;
+  /** An epoch that no worker has seen yet. */
+  nextEpoch(): number;
+}
 
 /** Options of {@linkcode Deployment}. */
 export interface DeploymentOptions {
   bus: Bus;
   cluster: string;
-  /** Id of this orchestrator. */
+  /** Whom the results are for: a name as in subjects, no other deployment's. */
   orchestrator: string;
-  cost: ModelCost;
-  /** What workers that send heartbeats measure their speed with. */
-  probe: Probe;
+  membership: Membership;
+  devices: DeviceShare;
+  /** Resolves when devices are there to begin with. Default: they are. */
+  gather?: (signal: AbortSignal) => Promise<void>;
   shardOf: (stage: PlacedStage) => Shard;
   /** The model's file, for workers that lack it. Default: all have it. */
   weights?: WeightsRef;
   /** Whether workers fetch the layers that they would take over from any that is lost. */
   standby: boolean;
-  /** Exactly so many stages. */
-  shards?: number;
-  /** What the orchestrator before has left: who belonged to the cluster, and where the model lay in which epoch. */
-  former?: { members: readonly string[]; epoch: number; placement?: readonly PlacedStage[] };
-  /** Workers to wait for at first. */
-  workers: number;
   /** Whether to wait on when the model does not fit at first, or a worker cannot load it: others may come. */
   patient: boolean;
-  workerTimeoutMs: number;
   /** Milliseconds that a worker may load without getting any further. */
   loadTimeoutMs: number;
   stepTimeoutMs: number;
-  /** Silence after which a worker is lost; absent: never. */
-  lostMs?: number;
+  /** Whether workers send heartbeats. */
+  heartbeats: boolean;
   /** Milliseconds that requests wait for a lost worker to be replaced before they fail. */
   recoveryTimeoutMs: number;
   /** Close the stages at the end. */
   unload: boolean;
   /** Whether nothing runs, so that a new placement disturbs nobody. */
   idle: () => boolean;
-  /** Told when the pipeline cannot go on; the next one comes with `onUp`. */
+  /** Told when the pipeline cannot go on; the next one comes with `onUp`, or none with `onEnd`. */
   onDown: (reason: ClusterError) => void;
   onUp: (pipeline: Pipeline) => void;
   /** Told that no pipeline can be had with the workers that are there. */
   onUnavailable: (reason: ClusterError) => void;
-  /** Told which share of the model is loaded, 0 to 1, and how far each worker is. */
-  onLoading: (fraction: number, workers: readonly WorkerLoading[]) => void;
+  /** Told that it has ended, as others serve and there are no devices for this one. */
+  onEnd: () => void;
+  /** Told how far its workers are that load. */
+  onLoading: () => void;
   /** Told of what happens, one line each. */
   log: (message: string) => void;
 }
@@ -70,46 +86,23 @@ type LoadingWorkers = Map<string, { loading: Loading | undefined; begun: boolean
 const LOST_MS = 800;
 /** … before the first result, when it is not known how long messages take, for so long. */
 const LOST_FIRST_MS = 3000;
-/** A kernel hangs when a micro-batch takes so long at the least, and so many times as long as it should by those before. */
-const HUNG_MS = 1500;
-const HUNG_TIMES = 8;
-/** … or so long, when none was before: weights may have to be read first. */
-const HUNG_FIRST_MS = 200_000;
-/** A worker that did not load is left out for so long. */
-const SUSPECT_MS = 5000;
-/** A placement must be so much faster to be worth a change, and waits for a moment without requests for so long at most. */
-const WORTH = 0.9;
+/** A better placement waits for a moment without requests for so long at most. */
 const REPLAN_MS = 30_000;
 /** Losses in a row without a micro-batch done between them, after which requests are given up. */
 const MOST_FRUITLESS = 4;
 const TICK_MS = 250;
-const MOST_PLACEMENTS = 32;
-/** Milliseconds that those are waited for who belonged to the cluster before. */
-const FORMER_MS = 2500;
-/** The time to a worker counts as another one when it has changed by this factor: placements shall not follow every ping. */
-const HOP_CHANGE = 2;
-/** Milliseconds between two pings of every worker, where workers send heartbeats. */
-const PING_MS = 1000;
 
 /**
- * Keeps a model served by whatever workers are there: it places the model, has it loaded, watches over the workers and the messages,
- * and begins a new epoch with a new placement when something is lost. What it cannot see is what runs: that is brought
- * over by its owner, from token ids.
+ * Keeps a model served by the devices that it may have: it has it loaded, watches over the workers and the messages, and begins a new
+ * epoch with a new placement when something is lost. What it cannot see is what runs: that is brought over by its owner, from
+ * token ids. It ends when it can have no devices and others serve.
  */
 export class Deployment {
-  readonly membership: Membership;
-  readonly telemetry: Telemetry;
   readonly #options: DeploymentOptions;
   readonly #watching: Subscription;
   readonly #stop = new AbortController();
   readonly #running: Promise<void>;
   readonly #ready = Promise.withResolvers<void>();
-  readonly #suspects = new Map<string, number>();
-  /** The session in which a worker was asked to measure its speed, and those that do. */
-  readonly #asked = new Map<string, string>();
-  readonly #measuring = new Map<string, Promise<void>>();
-  /** Milliseconds to workers and back, as far as placement goes. */
-  readonly #hops = new Map<string, number>();
   /** What the kernel library had worked on each worker when it was found to do nothing more, and since when. */
   readonly #idle = new Map<string, { busyMs: number; since: number }>();
   #pipeline: Pipeline | undefined;
@@ -117,9 +110,6 @@ export class Deployment {
   #sessions = new Map<string, string>();
   #state: DeploymentState = "waiting";
   #reason = "no workers yet";
-  #epoch = 0;
-  /** How {@linkcode place} lays the model on workers, or why it does not. */
-  readonly #placements = new Map<string, readonly PlacedStage[] | PlacementError>();
   /** Ends the pipeline's watch. */
   #trouble: ((error: ClusterError) => void) | undefined;
   #fruitless = 0;
@@ -135,24 +125,12 @@ export class Deployment {
 
   constructor(options: DeploymentOptions) {
     this.#options = options;
-    this.#epoch = options.former?.epoch ?? 0;
-    const { lostMs } = options;
-    this.membership = new Membership(options.bus, options.cluster, {
-      ...(lostMs === undefined ? {} : { lostMs }),
-      onLeave: (id, reason) => {
-        this.telemetry.forget(id);
-        if (this.#fetching?.workers.includes(id) === true) this.#fetching.stop.abort(new ClusterError(reason));
-        if (this.#sessions.has(id)) this.#trouble?.(new ClusterError(reason));
-      },
-      onHello: (hello) => this.#onHello(hello),
-      onRefuse: (_, reason) => options.log(`refused: ${reason}`),
-    });
-    this.telemetry = new Telemetry(options.bus, options.cluster, lostMs === undefined ? 0 : PING_MS);
     this.#watching = options.bus.watch((state) => {
       if (state === "connected") this.#trouble?.(new ClusterError("the bus was away: messages may be lost"));
     });
     this.#ready.promise.catch(() => {});
-    this.#running = this.#run();
+    // Its owner knows it before it asks for anything.
+    this.#running = Promise.resolve().then(() => this.#run());
   }
 
   /** Resolves when it serves for the first time; rejects when it cannot. */
@@ -178,6 +156,12 @@ export class Deployment {
     return { count: this.#recoveries, lastMs: this.#lastRecoveryMs };
   }
 
+  /** Which share of its layers the workers that load have loaded, 0 to 1. */
+  get loadedShare(): number {
+    const shares = [...this.#loading ?? []].map(([, { loading, begun }]) => loading?.share ?? (begun ? 1 : 0));
+    return shares.length === 0 ? 1 : shares.reduce((sum, share) => sum + share, 0) / shares.length;
+  }
+
   /** How far the workers are that load. */
   get loading(): readonly WorkerLoading[] {
     return [...this.#loading ?? []].flatMap(([worker, { loading }]) =>
@@ -195,8 +179,6 @@ export class Deployment {
     await this.#running;
     await this.#fetching?.done;
     this.#watching.unsubscribe();
-    this.telemetry.close();
-    this.membership.close();
     if (this.#pipeline === undefined) return;
     if (this.#options.unload) await this.#pipeline.close();
     else this.#pipeline.abandon();
@@ -212,7 +194,7 @@ export class Deployment {
     const { signal } = this.#stop;
     let since: number | undefined;
     while (!signal.aborted) {
-      let pipeline: Pipeline;
+      let pipeline: Pipeline | undefined;
       try {
         pipeline = await this.#deploy(since);
       } catch (error) {
@@ -223,6 +205,7 @@ export class Deployment {
       const former = this.#pipeline;
       this.#pipeline = pipeline;
       if (former !== undefined) this.#letGo(former, pipeline);
+      if (pipeline === undefined) return this.#end(since);
       if (since !== undefined) {
         this.#lastRecoveryMs = performance.now() - since;
         this.#recoveries++;
@@ -247,22 +230,36 @@ export class Deployment {
     }
   }
 
-  /** Has workers that are not used any more close the stages of the pipeline before. */
-  #letGo(former: Pipeline, present: Pipeline): void {
+  /** Has workers that are not used any more close the stages of the pipeline before; the epoch fences those that others use. */
+  #letGo(former: Pipeline, present: Pipeline | undefined): void {
+    const { membership } = this.#options;
     const unused = former.workers.filter((id) =>
-      !present.workers.includes(id) && this.membership.get(id) !== undefined
+      present?.workers.includes(id) !== true && membership.get(id) !== undefined
     );
     void former.unload(unused);
   }
 
-  /** Resolves with a pipeline over the workers that are there, as soon as there is one. */
-  async #deploy(since: number | undefined): Promise<Pipeline> {
+  /** Ends for want of devices. */
+  #end(since: number | undefined): void {
+    if (this.#state === "closed") return;
+    if (since !== undefined) {
+      this.#lastRecoveryMs = performance.now() - since;
+      this.#recoveries++;
+      this.#options.log(`goes on after ${Math.round(this.#lastRecoveryMs)} ms with one replica less`);
+    }
+    this.#state = "closed";
+    this.#watching.unsubscribe();
+    this.#options.onEnd();
+  }
+
+  /** Resolves with a pipeline over the workers that it may have, as soon as there is one; with none when others serve. */
+  async #deploy(since: number | undefined): Promise<Pipeline | undefined> {
     const options = this.#options;
-    const { membership } = this;
+    const { membership, devices, gather } = options;
     const { signal } = this.#stop;
-    if (since === undefined) {
-      await this.#waitForWorkers();
-      await this.#waitForFormer();
+    if (since === undefined && gather !== undefined) {
+      this.#set("waiting", "waiting for workers");
+      await gather(signal);
     }
     for (let told = false;;) {
       signal.throwIfAborted();
@@ -275,6 +272,12 @@ export class Deployment {
         else if (error instanceof ClusterError) failure = error;
         else throw error;
       }
+      devices.release();
+      if (failure instanceof LoadError) devices.suspect(failure);
+      if (devices.spare()) {
+        if (since === undefined) options.log(`no further replica: ${failure.message}`);
+        return undefined;
+      }
       // At the start a refusal is the user's to know; later the others may do, or the refused one at another time.
       const silent = failure instanceof LoadError && failure.silent;
       if (since === undefined && !options.patient && !silent) throw failure;
@@ -282,10 +285,7 @@ export class Deployment {
         this.#set("waiting", failure.message);
         options.log(failure.message);
       }
-      if (failure instanceof LoadError) {
-        this.#suspects.set(failure.worker, performance.now() + (failure.silent ? 500 : SUSPECT_MS));
-        options.log(failure.message);
-      }
+      if (failure instanceof LoadError) options.log(failure.message);
       if (since !== undefined && !told && performance.now() - since > options.recoveryTimeoutMs) {
         told = true;
         this.#set("unavailable", failure.message);
@@ -297,144 +297,17 @@ export class Deployment {
     }
   }
 
-  async #waitForWorkers(): Promise<void> {
-    const { workers, workerTimeoutMs, bus } = this.#options;
-    const { signal } = this.#stop;
-    this.#set("waiting", "waiting for workers");
-    const deadline = performance.now() + workerTimeoutMs;
-    for (;;) {
-      const left = deadline - performance.now();
-      if (left <= 0) throw new ClusterError(this.membership.missing(workers, workerTimeoutMs));
-      try {
-        await this.membership.waitFor(workers, { timeoutMs: left, signal });
-        return;
-      } catch (error) {
-        if (!(error instanceof BusError) || signal.aborted) {
-          if (left <= workerTimeoutMs && error instanceof ClusterError) {
-            throw new ClusterError(this.membership.missing(workers, workerTimeoutMs));
-          }
-          throw error;
-        }
-        if (bus.state === "disconnected") await this.membership.change(100, signal);
-      }
-    }
-  }
-
-  /** Waits a moment for all that are known to belong to the cluster, rather than place the model on who answers first. */
-  async #waitForFormer(): Promise<void> {
-    const { members = [], placement = [] } = this.#options.former ?? {};
-    const deadline = performance.now() + FORMER_MS;
-    for (const id of [...members, ...placement.map(({ worker }) => worker)]) {
-      while (this.membership.get(id) === undefined && performance.now() < deadline) {
-        await this.membership.change(deadline - performance.now(), this.#stop.signal);
-      }
-    }
-  }
-
-  /** The placement of the orchestrator before, if it can be had again: its workers hold their layers still. */
-  #formerPlacement(devices: readonly Hello[]): PlacedStage[] | undefined {
-    const { cost, shards, former } = this.#options;
-    const placement = former?.placement;
-    if (placement === undefined || (shards !== undefined && placement.length !== shards)) return undefined;
-    const whole = placement.every(({ first, end }, i) => first === (placement[i - 1]?.end ?? 0) && end > first) &&
-      placement.at(-1)?.end === cost.layers.length;
-    const there = devices.map((hello) => this.#device(hello));
-    if (!whole || !placement.every(({ worker }) => there.some(({ id }) => id === worker))) return undefined;
-    const held = new Map<string, number>();
-    stageCosts(cost, there, placement).forEach(({ memoryBytes }, i) => {
-      const { worker } = placement[i]!;
-      held.set(worker, (held.get(worker) ?? 0) + memoryBytes);
-    });
-    return there.every(({ id, memoryBytes }) => (held.get(id) ?? 0) <= memoryBytes) ? [...placement] : undefined;
-  }
-
-  /** Workers that may hold stages; those that want to leave only when it cannot be done without. */
-  #candidates(): { devices: readonly Hello[]; all: readonly Hello[] } {
-    const now = performance.now();
-    const all = this.membership.workers.filter((hello) => (this.#suspects.get(hello.id) ?? 0) <= now && !hangs(hello))
-      // The same order after every restart, so that the same workers get the same layers, which they may hold already.
-      .sort((a, b) => a.id < b.id ? -1 : 1);
-    return { all, devices: all.filter((worker) => worker.state === "ready") };
-  }
-
-  #device(hello: Hello): Device {
-    const { id } = hello;
-    const ms = this.telemetry.shortest(id);
-    const known = this.#hops.get(id);
-    if (ms !== null && !(known !== undefined && ms <= HOP_CHANGE * known && known <= HOP_CHANGE * ms)) {
-      this.#hops.set(id, ms);
-    }
-    return deviceOf(hello, this.#options.probe, this.#hops.get(id) ?? null);
-  }
-
-  /** Has workers measure their speed, each once. One that does not counts by its bandwidth. */
-  async #measure(workers: readonly Hello[]): Promise<void> {
-    const { bus, cluster, probe, lostMs, log } = this.#options;
-    if (lostMs === undefined) return;
-    const { signal } = this.#stop;
-    const ask = async (id: string) => {
-      try {
-        const trouble = await askToMeasure(bus, cluster, id, probe, signal);
-        if (trouble !== undefined) log(`worker ${id} counts by its memory bandwidth: ${trouble}`);
-      } catch (error) {
-        if (!signal.aborted) throw error;
-      } finally {
-        this.#measuring.delete(id);
-      }
-    };
-    for (const { id, session, capabilities } of workers) {
-      if (capabilities.speed?.probe === probe.probe || this.#asked.get(id) === session) continue;
-      this.#asked.set(id, session);
-      this.#measuring.set(id, ask(id));
-    }
-    await Promise.all(workers.map(({ id }) => this.#measuring.get(id)));
-  }
-
-  #place(workers: readonly Hello[]): PlacedStage[] {
-    const { cost, shards } = this.#options;
-    const devices = workers.map((hello) => this.#device(hello));
-    // The same workers are asked about again and again, and many take a while.
-    const key = JSON.stringify(devices);
-    let found = this.#placements.get(key);
-    if (found === undefined) {
-      try {
-        found = place(cost, devices, shards === undefined ? {} : { shards });
-      } catch (error) {
-        if (!(error instanceof PlacementError)) throw error;
-        found = error;
-      }
-      if (this.#placements.size >= MOST_PLACEMENTS) this.#placements.clear();
-      this.#placements.set(key, found);
-    }
-    if (found instanceof PlacementError) throw found;
-    return [...found];
-  }
-
   async #load(since: number | undefined): Promise<Pipeline> {
-    const { bus, cluster, orchestrator, shardOf, weights, stepTimeoutMs } = this.#options;
-    let { all, devices } = this.#candidates();
-    let placement = since === undefined ? this.#formerPlacement(devices) : undefined;
-    if (placement === undefined && since === undefined) {
-      // After a loss nobody waits for that.
-      await this.#measure(devices);
-      ({ all, devices } = this.#candidates());
-    }
-    try {
-      placement ??= this.#place(devices);
-    } catch (error) {
-      if (!(error instanceof PlacementError) || all.length === devices.length) throw error;
-      placement = this.#place(all);
-    }
-    const stages = placement;
+    const { bus, cluster, orchestrator, membership, devices, shardOf, weights, stepTimeoutMs } = this.#options;
+    const placement = devices.claim();
     if (this.#state === "waiting" || this.#state === "unavailable") {
       this.#set("loading", "workers are loading the model");
     }
-    this.#epoch = Math.max(this.#epoch, this.membership.newestEpoch) + 1;
-    const before = new Map(stages.map(({ worker }) => [worker, this.membership.get(worker)?.session ?? ""]));
+    const before = new Map(placement.map(({ worker }) => [worker, membership.get(worker)?.session ?? ""]));
     // A worker that is lost while it loads is not waited for.
     const gone = new AbortController();
     this.#sessions = before;
-    const overdue = this.#follow(stages, since, (error) => gone.abort(error));
+    const overdue = this.#follow(placement, since, (error) => gone.abort(error));
     this.#trouble = (error) => gone.abort(error);
     let pipeline: Pipeline;
     try {
@@ -442,9 +315,9 @@ export class Deployment {
         bus,
         cluster,
         orchestrator,
-        epoch: this.#epoch,
-        placement: stages,
-        shards: stages.map(shardOf),
+        epoch: devices.nextEpoch(),
+        placement,
+        shards: placement.map(shardOf),
         ...(weights === undefined ? {} : { weights }),
         stepTimeoutMs,
         signal: AbortSignal.any([this.#stop.signal, gone.signal]),
@@ -501,14 +374,17 @@ export class Deployment {
     this.#trouble = resolve;
     this.#replanSince = undefined;
     this.#idle.clear();
-    const timer = this.#options.lostMs === undefined ? undefined : setInterval(() => {
-      const reason = this.#still(pipeline) ?? this.#replan(pipeline);
-      if (reason !== undefined) resolve(reason);
-      else if (this.#options.standby) this.#standBy(pipeline);
-    }, TICK_MS);
+    const { heartbeats, standby, membership } = this.#options;
+    const timer = heartbeats
+      ? setInterval(() => {
+        const reason = this.#still(pipeline) ?? this.#replan();
+        if (reason !== undefined) resolve(reason);
+        else if (standby) this.#standBy(pipeline);
+      }, TICK_MS)
+      : undefined;
     // Somebody may have gone, or begun anew, in the moment before.
     for (const [id, session] of this.#sessions) {
-      if (this.membership.get(id)?.session !== session) resolve(new ClusterError(`worker ${id} is gone`));
+      if (membership.get(id)?.session !== session) resolve(new ClusterError(`worker ${id} is gone`));
     }
     const reason = await promise;
     clearInterval(timer);
@@ -527,20 +403,25 @@ export class Deployment {
     if (this.#options.bus.state === "disconnected" || still < patience) return undefined;
     const idle = pipeline.workers.every((id) => {
       const { since = Infinity } = this.#idle.get(id) ?? {};
-      return performance.now() - this.membership.seenMs(id) - since >= patience;
+      return performance.now() - this.#options.membership.seenMs(id) - since >= patience;
     });
     return idle ? new ClusterError(`a message was lost ${Math.round(still)} ms ago`) : undefined;
   }
 
-  #onHello(hello: Hello): void {
+  /** Takes the leave of a worker, its own or another's. */
+  onLeave(id: string, reason: string): void {
+    if (this.#fetching?.workers.includes(id) === true) this.#fetching.stop.abort(new ClusterError(reason));
+    if (this.#sessions.has(id)) this.#trouble?.(new ClusterError(reason));
+  }
+
+  /** Takes the announcement of a worker, its own or another's. */
+  onHello(hello: Hello): void {
     const { id, state, epoch, work, loading } = hello;
-    this.telemetry.take(hello, this.#pipeline);
     const before = this.#loading?.get(id);
     if (before !== undefined && (loading !== undefined || before.loading !== undefined)) {
       const further = loading?.phase !== before.loading?.phase || loading?.share !== before.loading?.share;
       this.#loading!.set(id, { loading, begun: true, since: further ? performance.now() : before.since });
-      const shares = [...this.#loading!.values()].map(({ loading, begun }) => loading?.share ?? (begun ? 1 : 0));
-      this.#options.onLoading(shares.reduce((sum, share) => sum + share, 0) / shares.length, this.loading);
+      this.#options.onLoading();
     }
     const pipeline = this.#pipeline;
     if (this.#state !== "serving" || pipeline === undefined || !this.#sessions.has(id)) return;
@@ -553,30 +434,19 @@ export class Deployment {
     if (!idle) this.#idle.set(id, { busyMs, since: performance.now() });
     if (hangs(hello)) {
       this.#trouble?.(new ClusterError(`worker ${id} hangs in a micro-batch for ${Math.round(work.runningMs!)} ms`));
-    } else if (state === "draining" && this.#candidates().devices.length > 0) {
-      try {
-        if (!this.#ahead(this.#place(this.#candidates().devices))) return;
-      } catch {
-        return; // it is needed still
-      }
+    } else if (state === "draining") {
+      const { devices } = this.#options;
+      const left = devices.without(id);
+      if (left === undefined ? !devices.spare() : !this.#ahead([left])) return; // it is needed still
       this.#trouble?.(new ClusterError(`worker ${id} wants to leave`));
     }
   }
 
-  /** Whether workers that came since make it worth a new placement, at a moment that disturbs nobody. */
-  #replan(pipeline: Pipeline): ClusterError | undefined {
-    const { cost, shards, idle } = this.#options;
-    const { devices } = this.#candidates();
-    if (shards !== undefined || devices.every(({ id }) => this.#sessions.has(id))) return undefined;
-    // Newcomers show first how fast they are.
-    const newcomers = devices.filter(({ id }) => !this.#sessions.has(id));
-    void this.#measure(newcomers);
-    if (newcomers.some(({ id }) => this.#measuring.has(id))) return undefined;
-    const all = devices.map((hello) => this.#device(hello));
-    if (!pipeline.workers.every((id) => all.some((device) => device.id === id))) return undefined;
-    const better = this.#place(devices);
-    if (slowestStage(cost, all, better) > WORTH * slowestStage(cost, all, pipeline.placement)) return undefined;
-    if (!this.#ahead(better)) return undefined;
+  /** Whether workers that nobody has make it worth a new placement, at a moment that disturbs nobody. */
+  #replan(): ClusterError | undefined {
+    const { devices, idle } = this.#options;
+    const better = devices.better();
+    if (better === undefined || !this.#ahead(better)) return undefined;
     this.#replanSince ??= performance.now();
     if (!idle() && performance.now() - this.#replanSince < REPLAN_MS) return undefined;
     return new ClusterError("more workers make it faster");
@@ -584,26 +454,20 @@ export class Deployment {
 
   /** Has the weights fetched for every placement that the loss of one worker would lead to, one after the other. */
   #standBy(pipeline: Pipeline): void {
-    const { devices } = this.#candidates();
     for (const lost of pipeline.workers) {
-      let placement: PlacedStage[];
-      try {
-        placement = this.#place(devices.filter(({ id }) => id !== lost));
-      } catch (error) {
-        if (!(error instanceof PlacementError)) throw error;
-        continue; // the others have no room for it
-      }
-      if (!this.#ahead(placement, true)) return;
+      const left = this.#options.devices.without(lost);
+      if (left !== undefined && !this.#ahead([left], true)) return;
     }
   }
 
   /**
-   * Whether workers have the weights of a placement; else they fetch them, while the present one goes on.
+   * Whether workers have the weights of placements; else they fetch them, while the present one goes on.
    *
    * @param standby It is for a loss only: whatever else is to be fetched goes first, and when it cannot be had, so be it.
    */
-  #ahead(placement: readonly PlacedStage[], standby = false): boolean {
-    const { bus, cluster, shardOf, weights, log } = this.#options;
+  #ahead(replicas: readonly Replica[], standby = false): boolean {
+    const { bus, cluster, devices, shardOf, weights, log } = this.#options;
+    const placement = replicas.flat();
     const wanted = JSON.stringify(placement.map(({ worker, first, end }) => [worker, first, end]));
     if (weights === undefined || this.#have.has(wanted)) return true;
     if (this.#fetching !== undefined) {
@@ -639,7 +503,7 @@ export class Deployment {
       stop.abort(error);
       log(error instanceof Error ? error.message : String(error));
       if (standby) this.#have.add(wanted);
-      else if (error instanceof LoadError) this.#suspects.set(error.worker, performance.now() + SUSPECT_MS);
+      else if (error instanceof LoadError) devices.suspect(error);
     }).finally(() => {
       this.#fetching = undefined;
       if (this.#loading === loading) this.#loading = undefined;
@@ -647,12 +511,6 @@ export class Deployment {
     this.#fetching = { workers, standby, stop, done };
     return false;
   }
-}
-
-/** Whether a micro-batch takes far longer than it should. */
-function hangs({ work: { runningMs, expectedMs } }: Hello): boolean {
-  if (runningMs === null) return false;
-  return runningMs > (expectedMs === null ? HUNG_FIRST_MS : Math.max(HUNG_MS, HUNG_TIMES * expectedMs));
 }
 
 /** How far workers are, in one line. */

@@ -26,14 +26,15 @@ import {
 } from "../bus/mod.ts";
 import { StopMatcher } from "../model/mod.ts";
 import type { LoadedModel } from "../model/mod.ts";
-import { Deployment, describeLoading } from "./deployment.ts";
-import type { DeploymentOptions, DeploymentState, WorkerLoading } from "./deployment.ts";
+import { describeLoading } from "./deployment.ts";
+import type { DeploymentState, WorkerLoading } from "./deployment.ts";
 import { ClusterError, ContextLengthError, EngineClosedError, LoadingError, RequestError } from "./errors.ts";
-import type { Pipeline, StepRunner } from "./pipeline.ts";
+import { Fleet } from "./fleet.ts";
+import type { FleetOptions } from "./fleet.ts";
 import type { PlacedStage } from "./placement.ts";
+import type { Replica } from "./replicas.ts";
 import { checkRequest, checkTokens, MAX_LOGIT_BIASES } from "./request.ts";
 import type { CheckedRequest, GenerateEvent, GenerateRequest } from "./request.ts";
-import { Scheduler } from "./scheduler.ts";
 import type { Job, SchedulerOptions, SchedulerStats } from "./scheduler.ts";
 import { modelCost, shardOf } from "./served_model.ts";
 import { probeOf } from "./speed.ts";
@@ -45,8 +46,13 @@ export interface EngineOptions {
   model: LoadedModel;
   /** @default {"local"} */
   cluster?: string;
-  /** Exactly so many stages. Default: as many workers as make the slowest stage fastest. */
+  /** Exactly so many stages, in one replica. Default: as many replicas and stages as give most tokens. */
   shards?: number;
+  /**
+   * Requests that run at once, for which the model is placed: with 1 in one pipeline, else in replicas where these give more.
+   * Default: many.
+   */
+  streams?: number;
   /** Workers to wait for; more may be used. @default {1} */
   workers?: number;
   /** Most tokens of a request, prompt and answer. Default: the model's context, but at most 8192. */
@@ -105,8 +111,8 @@ export interface EngineOptions {
 export interface EngineStats extends SchedulerStats {
   readonly contextLength: number;
   readonly epoch: number;
-  /** The stages with what their shards hold. */
-  readonly stages: readonly (PlacedStage & { weightBytes: number; weightBytesPerToken: number })[];
+  /** The stages of all replicas, with what their shards hold. */
+  readonly stages: readonly (PlacedStage & { replica: number; weightBytes: number; weightBytesPerToken: number })[];
 }
 
 /** Tokens of a sequence, and of the cache, where nobody says how many. */
@@ -131,8 +137,7 @@ export class Engine {
   readonly #bus: Bus;
   readonly #orchestrator: string;
   readonly #probe: Probe;
-  readonly #deployment: Deployment;
-  readonly #scheduler: Scheduler;
+  readonly #fleet: Fleet;
   readonly #context: number;
   readonly #service: Subscription;
   readonly #lease: Lease | undefined;
@@ -148,8 +153,6 @@ export class Engine {
     this.#orchestrator = orchestrator;
     this.#lease = lease;
     this.#context = settings.context;
-    this.#scheduler = new Scheduler(NO_RUNNER, settings.scheduler);
-    this.#scheduler.pause();
     const kv = { type: options.kvType ?? "f16", tokens: settings.kvTokens } as const;
     const { activations = "a8" } = options;
     const shard = {
@@ -161,7 +164,7 @@ export class Engine {
       context: settings.context,
     };
     this.#probe = probeOf(description, shard);
-    this.#deployment = new Deployment({
+    this.#fleet = new Fleet({
       bus,
       cluster,
       orchestrator: this.#orchestrator,
@@ -171,6 +174,7 @@ export class Engine {
       ...(options.weights === undefined ? {} : { weights: options.weights }),
       standby: options.standby ?? false,
       ...(options.shards === undefined ? {} : { shards: options.shards }),
+      ...(settings.streams === undefined ? {} : { streams: settings.streams }),
       workers: settings.workers,
       patient: options.patient ?? false,
       workerTimeoutMs: options.workerTimeoutMs ?? 10_000,
@@ -179,14 +183,9 @@ export class Engine {
       ...(options.lostMs === undefined ? {} : { lostMs: options.lostMs }),
       recoveryTimeoutMs: options.recoveryTimeoutMs ?? 10_000,
       unload: options.unload ?? true,
-      idle: () => this.#scheduler.stats.running + this.#scheduler.stats.waiting === 0,
-      onDown: () => this.#scheduler.pause(),
-      onUp: (pipeline) => {
-        this.#scheduler.replace(pipeline);
-        this.#savePlan(store, pipeline, options.log);
-      },
+      scheduler: settings.scheduler,
+      onServing: (epoch, replicas) => this.#savePlan(store, epoch, replicas, options.log),
       ...former,
-      onUnavailable: (reason) => this.#scheduler.abort(reason),
       onLoading: options.onLoading ?? (() => {}),
       log: options.log ?? (() => {}),
     });
@@ -197,15 +196,19 @@ export class Engine {
     void lease?.lost.then(() => {
       this.#usurped = new ClusterError(`another orchestrator has taken over cluster ${cluster}: end this one`);
       options.log?.(this.#usurped.message);
-      this.#scheduler.abort(this.#usurped);
       this.#service.unsubscribe();
-      void this.#deployment.close();
+      void this.#fleet.close(this.#usurped);
     });
   }
 
-  #savePlan(store: ClusterStore | undefined, pipeline: Pipeline, log: EngineOptions["log"]): void {
-    const replicas = [pipeline.placement.map((stage) => ({ ...stage }))];
-    store?.savePlan({ epoch: pipeline.epoch, model: this.model.id, replicas }).catch((error) => {
+  #savePlan(
+    store: ClusterStore | undefined,
+    epoch: number,
+    serving: readonly Replica[],
+    log: EngineOptions["log"],
+  ): void {
+    const replicas = serving.map((replica) => replica.map((stage) => ({ ...stage })));
+    store?.savePlan({ epoch, model: this.model.id, replicas }).catch((error) => {
       if (!(error instanceof BusError)) throw error;
       log?.(error.message); // the next orchestrator will place anew
     });
@@ -248,12 +251,13 @@ export class Engine {
 
   /** Resolves when it can answer for the first time; rejects when it cannot. */
   get ready(): Promise<void> {
-    return this.#deployment.ready;
+    return this.#fleet.ready;
   }
 
   /** Most tokens of a request, prompt and answer. */
   get contextLength(): number {
-    return this.#deployment.pipeline === undefined ? this.#context : Math.min(this.#context, this.#scheduler.capacity);
+    const { capacity } = this.#fleet;
+    return capacity === 0 ? this.#context : Math.min(this.#context, capacity);
   }
 
   /**
@@ -276,11 +280,11 @@ export class Engine {
     const finish = () => signal?.removeEventListener("abort", abort);
     const events = new EventQueue<GenerateEvent>(() => {
       finish();
-      this.#scheduler.cancel(job);
+      this.#fleet.cancel(job);
     });
     const abort = () => {
       finish();
-      this.#scheduler.cancel(job);
+      this.#fleet.cancel(job);
       events.fail(signal?.reason);
     };
     const answer = new Answer(this.model, checked, events, finish);
@@ -294,7 +298,7 @@ export class Engine {
         events.fail(error);
       },
     };
-    this.#scheduler.add(job);
+    this.#fleet.add(job);
     signal?.addEventListener("abort", abort);
     return events;
   }
@@ -319,7 +323,7 @@ export class Engine {
       const finish = () => signal?.removeEventListener("abort", abort);
       const abort = () => {
         finish();
-        this.#scheduler.cancel(job);
+        this.#fleet.cancel(job);
         reject(signal?.reason);
       };
       const job: Job = {
@@ -335,30 +339,38 @@ export class Engine {
           reject(error);
         },
       };
-      this.#scheduler.add(job);
+      this.#fleet.add(job);
       signal?.addEventListener("abort", abort);
     });
   }
 
   /** How it does. */
   stats(): EngineStats {
-    const { pipeline } = this.#deployment;
-    const stages = (pipeline?.placement ?? []).map((stage, i) => {
-      const { weightBytes, weightBytesPerToken } = pipeline!.status[i]!.stats;
-      return { ...stage, weightBytes, weightBytesPerToken };
-    });
-    return { ...this.#scheduler.stats, contextLength: this.contextLength, epoch: pipeline?.epoch ?? 0, stages };
+    const { stats, replicas } = this.#fleet;
+    const stages = replicas.flatMap(({ pipeline }, replica) =>
+      (pipeline?.placement ?? []).map((stage, i) => {
+        const { weightBytes, weightBytesPerToken } = pipeline!.status[i]!.stats;
+        return { replica, ...stage, weightBytes, weightBytesPerToken };
+      })
+    );
+    const epoch = Math.max(0, ...replicas.map(({ epoch }) => epoch));
+    return { ...stats, contextLength: this.contextLength, epoch, stages };
   }
 
-  /** How the cluster does, with every worker. */
+  /** How the cluster does, with every replica and worker. */
   clusterStatus(): ClusterStatus {
-    const { state, reason, pipeline, recoveries, membership, telemetry } = this.#deployment;
-    const { running, waiting } = this.#scheduler.stats;
+    const { state: { state, reason }, stats: { running, waiting }, replicas, recoveries, membership, telemetry } =
+      this.#fleet;
     const placed = (id: string) => {
-      const stages = (pipeline?.placement ?? []).map((stage, number) => ({ ...stage, number }))
+      const holds = ({ pipeline }: typeof replicas[number]) => pipeline?.workers.includes(id) === true;
+      // One that recovers may have lost it to one that serves.
+      const serving = replicas.findIndex((replica) => replica.state === "serving" && holds(replica));
+      const at = serving < 0 ? replicas.findIndex(holds) : serving;
+      const stages = (replicas[at]?.pipeline?.placement ?? []).map((stage, number) => ({ ...stage, number }))
         .filter(({ worker }) => worker === id);
       const work = membership.get(id)?.work.stages ?? [];
       return {
+        replica: at < 0 ? null : at,
         layers: stages.map(({ first, end }): [number, number] => [first, end]),
         stepMs: stages.map(({ number }) => work.find(({ stage }) => stage === number)?.stepMs ?? null),
         ...telemetry.of(id),
@@ -367,26 +379,28 @@ export class Engine {
     };
     const unknown = { isa: "", cores: 0, memoryBytes: 0, bandwidthGBps: null, msPerLayer: null, msHead: null };
     const none = { ...unknown, seenMs: 0, queued: 0 };
-    const known = ({ speed, ...rest }: Hello["capabilities"]) => {
+    const measured = ({ speed, ...rest }: Hello["capabilities"]) => {
       const { msPerLayer, msHead } = speed?.probe === this.#probe.probe ? speed : unknown;
       return { ...rest, msPerLayer, msHead };
     };
-    const lost = (pipeline?.workers ?? []).filter((id) => membership.get(id) === undefined);
+    const placedIds = new Set(replicas.flatMap(({ pipeline }) => pipeline?.workers ?? []));
+    const lost = [...placedIds].filter((id) => membership.get(id) === undefined);
     return {
       orchestrator: this.#orchestrator,
       model: this.model.id,
       state,
       reason,
-      epoch: pipeline?.epoch ?? 0,
+      epoch: Math.max(0, ...replicas.map(({ epoch }) => epoch)),
       running,
       waiting,
       recoveries: recoveries.count,
       lastRecoveryMs: recoveries.lastMs,
+      replicas: replicas.map(({ state, epoch, running, waiting }) => ({ state, epoch, running, waiting })),
       workers: [
         ...membership.workers.map(({ id, state, capabilities, work }) => ({
           id,
           state: state === "leaving" ? "lost" as const : state,
-          ...known(capabilities),
+          ...measured(capabilities),
           seenMs: membership.seenMs(id),
           queued: work.queued,
           ...placed(id),
@@ -397,18 +411,16 @@ export class Engine {
     };
   }
 
-  /** Asks the workers how their stages do, first stage first. */
+  /** Asks the workers how their stages do, replica by replica, first stage first. */
   query(): Promise<StageStatus[]> {
-    const { pipeline } = this.#deployment;
-    return pipeline === undefined ? Promise.resolve([]) : pipeline.query();
+    return this.#fleet.query();
   }
 
   /** Ends all requests with {@linkcode EngineClosedError} and has the workers close their shards, unless they shall keep them. */
   close(): Promise<void> {
     this.#closing ??= (async () => {
-      this.#scheduler.close(new EngineClosedError());
       this.#service.unsubscribe();
-      await this.#deployment.close();
+      await this.#fleet.close(new EngineClosedError());
       await this.#lease?.release();
     })();
     return this.#closing;
@@ -422,7 +434,7 @@ export class Engine {
   get failure(): ClusterError | undefined {
     if (this.#closing !== undefined) return new EngineClosedError();
     if (this.#usurped !== undefined) return this.#usurped;
-    const { state, reason, loading } = this.#deployment;
+    const { state: { state, reason }, loading } = this.#fleet;
     if (state === "serving" || state === "recovering") return undefined;
     if (state !== "loading" || loading.length === 0) return new ClusterError(reason);
     const left = loading.map(({ etaMs }) => etaMs).filter((ms) => ms !== null);
@@ -431,12 +443,12 @@ export class Engine {
 
   /** Whether tokens are on their way. */
   get busy(): boolean {
-    return (this.#deployment.pipeline?.inFlight ?? 0) > 0;
+    return this.#fleet.inFlight > 0;
   }
 
   /** Where it is in its life, and how far the workers are that load. */
   get state(): { state: DeploymentState; loading: readonly WorkerLoading[] } {
-    const { state, loading } = this.#deployment;
+    const { state: { state }, loading } = this.#fleet;
     return { state, loading };
   }
 
@@ -446,19 +458,11 @@ export class Engine {
   }
 }
 
-/** Stands for the pipeline before there is one; the scheduler pauses then. */
-const NO_RUNNER: StepRunner = {
-  stages: 1,
-  kvBlocks: 0,
-  blockTokens: 1,
-  run: () => Promise.reject(new ClusterError("there is no pipeline")),
-  release: () => {},
-};
-
 interface Settings {
   readonly context: number;
   readonly kvTokens: number;
   readonly workers: number;
+  readonly streams: number | undefined;
   readonly scheduler: SchedulerOptions;
 }
 
@@ -475,6 +479,7 @@ function checkOptions({ bus, model, ...options }: EngineOptions): Settings {
     context,
     kvTokens: integer("kvTokens", options.kvTokens ?? Math.max(context, DEFAULT_CONTEXT), 2),
     workers: integer("workers", options.workers ?? 1, 1),
+    streams: options.streams === undefined ? undefined : integer("streams", options.streams, 1),
     scheduler: {
       maxBatch: integer("maxBatch", options.maxBatch ?? 256, 1, 1 << 16),
       maxRunning: integer("maxRunning", options.maxRunning ?? 64, 1),
@@ -495,7 +500,7 @@ interface Accession {
   readonly orchestrator: string;
   readonly lease: Lease | undefined;
   /** What the one before has left. */
-  readonly former: Pick<DeploymentOptions, "former">;
+  readonly former: Pick<FleetOptions, "former">;
 }
 
 /**
@@ -511,8 +516,8 @@ async function accede(options: EngineOptions, cluster: string): Promise<Accessio
     try {
       const lease = await store.acquire(orchestrator, () => asked(bus, cluster), signal);
       const [plan, members] = await Promise.all([store.plan(), store.members()]);
-      const placement = plan?.model === model.id ? plan.replicas[0] : undefined;
-      const former = { members, epoch: plan?.epoch ?? 0, ...(placement === undefined ? {} : { placement }) };
+      const replicas = plan?.model === model.id ? plan.replicas : [];
+      const former = { members, epoch: plan?.epoch ?? 0, replicas };
       return { orchestrator, lease, former: { former } };
     } catch (error) {
       if (error instanceof LeaseHeldError) throw refused(error);

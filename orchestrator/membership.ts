@@ -15,6 +15,18 @@ import { LONGEST_MS } from "./longest.ts";
 /** The C ABI version of the workers that this orchestrator works with. */
 export const WORKER_ABI_VERSION = 2;
 
+/** A kernel hangs when a micro-batch takes so long at the least, and so many times as long as it should by those before. */
+const HUNG_MS = 1500;
+const HUNG_TIMES = 8;
+/** … or so long, when none was before: weights may have to be read first. */
+const HUNG_FIRST_MS = 200_000;
+
+/** Whether a worker's micro-batch takes far longer than it should. */
+export function hangs({ work: { runningMs, expectedMs } }: Hello): boolean {
+  if (runningMs === null) return false;
+  return runningMs > (expectedMs === null ? HUNG_FIRST_MS : Math.max(HUNG_MS, HUNG_TIMES * expectedMs));
+}
+
 /** Options of {@linkcode Membership}. */
 export interface MembershipOptions {
   /**

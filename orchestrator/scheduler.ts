@@ -26,6 +26,16 @@ export interface Job {
   onError(error: Error): void;
 }
 
+/** A job that one scheduler has given up for another. */
+export interface HandedJob {
+  readonly job: Job;
+  /** Order of arrival at the first one. */
+  readonly age: number;
+}
+
+/** Jobs that came, to all schedulers: they may change places. */
+let arrivals = 0;
+
 /** Bounds of the scheduler. */
 export interface SchedulerOptions {
   /** Most tokens of a micro-batch. */
@@ -139,7 +149,6 @@ export class Scheduler {
   readonly #kept: Kept[] = [];
   readonly #steps = new Set<Step>();
   #usedBlocks = 0;
-  #nextAge = 0;
   #nextSeq = 1;
   #awake = false;
   #starved = 0;
@@ -182,18 +191,7 @@ export class Scheduler {
    */
   add(job: Job): void {
     if (this.#closed !== undefined) throw this.#closed;
-    const sequence: Sequence = {
-      job,
-      age: this.#nextAge++,
-      seq: 0,
-      computed: 0,
-      reused: 0,
-      blocks: 0,
-      inFlight: 0,
-      lastStep: -1,
-    };
-    this.#waiting.push(sequence);
-    this.#byJob.set(job, sequence);
+    const sequence = this.#queue({ job, age: arrivals++ });
     this.#admit();
     // While it pauses those that ran wait too, and are no reason to refuse anybody.
     if (this.#waiting.length > this.#options.maxQueued + (this.#paused ? this.#options.maxRunning : 0)) {
@@ -203,7 +201,40 @@ export class Scheduler {
     this.#wake();
   }
 
-  /** Ends a job at once, on the workers too. Harmless when it has ended. */
+  #queue({ job, age }: HandedJob): Sequence {
+    const sequence = { job, age, seq: 0, computed: 0, reused: 0, blocks: 0, inFlight: 0, lastStep: -1 };
+    insert(this.#waiting, sequence);
+    this.#byJob.set(job, sequence);
+    return sequence;
+  }
+
+  /** Takes a job from another scheduler, whatever the bounds: it was let in there. */
+  adopt(handed: HandedJob): void {
+    if (this.#closed !== undefined) return handed.job.onError(this.#closed);
+    this.#queue(handed);
+    this.#wake();
+  }
+
+  /** Gives up all jobs that hold no place in the KV cache (while it pauses: all) for another scheduler, oldest first. */
+  handOver(): HandedJob[] {
+    const handed = this.#waiting.splice(0).map(({ job, age }) => ({ job, age }));
+    for (const { job } of handed) this.#byJob.delete(job);
+    return handed;
+  }
+
+  /** How much there is to do: jobs, and the tokens of their prompts that are to be computed. */
+  get load(): { jobs: number; promptTokens: number } {
+    const sequences = [...this.#byJob.values()];
+    const prompts = sequences.filter((sequence) => !decodes(sequence)).map(remaining);
+    return { jobs: sequences.length, promptTokens: prompts.reduce((sum, tokens) => sum + tokens, 0) };
+  }
+
+  /** How many of a job's tokens it would find in the KV cache. */
+  reusable(job: Job): number {
+    return this.#bestKept(job, Infinity)?.common ?? 0;
+  }
+
+  /** Ends a job at once, on the workers too. Harmless when it has ended, or is another scheduler's. */
   cancel(job: Job): void {
     const sequence = this.#byJob.get(job);
     if (sequence === undefined) return;
@@ -304,24 +335,28 @@ export class Scheduler {
 
   /** Lets a job go on with the kept sequence that has most of its tokens, if that is worth it and has at most `most` blocks. */
   #reuse(sequence: Sequence, most: number): boolean {
-    const { tokens, sample } = sequence.job;
-    if (sample === undefined) return false; // all its logits are wanted
-    let best: Kept | undefined;
-    let common = LEAST_REUSED - 1;
-    for (const kept of this.#kept) {
-      // One token at least is computed: the next is sampled after it.
-      const length = Math.min(commonLength(kept.tokens, tokens), tokens.length - 1);
-      if (length <= common || length < REUSED_SHARE * kept.tokens.length || kept.blocks > most) continue;
-      [best, common] = [kept, length];
-    }
+    const best = this.#bestKept(sequence.job, most);
     if (best === undefined) return false;
-    this.#kept.splice(this.#kept.indexOf(best), 1);
+    const { kept, common } = best;
+    this.#kept.splice(this.#kept.indexOf(kept), 1);
     // The workers cut it to the first token that is computed.
-    sequence.seq = best.seq;
-    sequence.blocks = best.blocks;
+    sequence.seq = kept.seq;
+    sequence.blocks = kept.blocks;
     sequence.computed = sequence.reused = common;
     this.#counts.reusedTokens += common;
     return true;
+  }
+
+  #bestKept({ tokens, sample }: Job, most: number): { kept: Kept; common: number } | undefined {
+    if (sample === undefined) return undefined; // all its logits are wanted
+    let best: { kept: Kept; common: number } | undefined;
+    for (const kept of this.#kept) {
+      // One token at least is computed: the next is sampled after it.
+      const common = Math.min(commonLength(kept.tokens, tokens), tokens.length - 1);
+      if (common < LEAST_REUSED || common < REUSED_SHARE * kept.tokens.length || kept.blocks > most) continue;
+      if (common > (best?.common ?? 0)) best = { kept, common };
+    }
+    return best;
   }
 
   /** Frees what ended within a step that comes to nothing. */

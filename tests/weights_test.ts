@@ -411,7 +411,7 @@ test("who takes a lost worker's place and must fetch much does not hold requests
   const right = await expected(site.path);
   await site.offer();
   site.work("a");
-  const engine = await site.serve({ recoveryTimeoutMs: 500 });
+  const engine = await site.serve({ shards: 1, recoveryTimeoutMs: 500 });
   assert.deepEqual(await answers(engine), right);
   site.work("b");
   while (engine.clusterStatus().workers.length < 2) await new Promise((resolve) => setTimeout(resolve, 20));

@@ -3,11 +3,12 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { clusterStatusSchema, decodeJson } from "../../bus/mod.ts";
+import { startLocalCluster } from "../../cli/local_cluster.ts";
 import { loadKernels } from "../../worker/mod.ts";
 import { repoPath } from "../data.ts";
 import { nats } from "../nats.ts";
 import { FaultCluster, limitsCores, MODEL } from "./harness.ts";
-import { FAULTS, runFaults } from "./matrix.ts";
+import { FAULTS, gathered, requests, runFaults, tokens } from "./matrix.ts";
 
 // Never closed, hence opened before any test: it is no test's leak.
 loadKernels();
@@ -24,6 +25,40 @@ Deno.test({
       rows++;
     }
     assert(rows >= 10, `${rows} faults`);
+  },
+});
+
+Deno.test({
+  name: "replicas: a worker that comes while streams run serves beside the first, to the same tokens",
+  ignore: nats.absent,
+  async fn() {
+    const wanted = requests(12);
+    let expected: number[][];
+    {
+      await using one = await startLocalCluster(MODEL, { threads: 1, context: 512, kvTokens: 4096 });
+      expected = await Promise.all(wanted.map((request) => tokens(one.engine, request)));
+    }
+    await using cluster = await FaultCluster.start(2, { workers: 1 });
+    const [first] = cluster.engine.stats().stages;
+    const late = cluster.devices.find(({ id }) => id !== first!.worker)!;
+    late.kill("SIGKILL");
+    await late.ended();
+    await gathered(cluster, 1);
+    late.start();
+    const { engine } = cluster;
+    const both = () => engine.clusterStatus().replicas.filter(({ state }) => state === "serving").length === 2;
+    for (let rounds = 0, together = 0; together < 2; rounds++) {
+      assert(rounds < 500, "it does not serve");
+      if (both()) together++;
+      assert.deepEqual(await Promise.all(wanted.map((request) => tokens(engine, request))), expected);
+    }
+    assert.equal(
+      cluster.events.filter(({ text }) => text.endsWith(": placing anew")).length,
+      0,
+      "streams were disturbed",
+    );
+    const steps = (await engine.query()).map(({ steps }) => steps);
+    assert(steps.length === 2 && steps.every((count) => count > 100), `${steps}`);
   },
 });
 

@@ -297,10 +297,13 @@ export class FaultCluster implements AsyncDisposable {
   #sourceBus: NatsBus | undefined;
 
   readonly #monitor: number;
+  /** Of the engine, whenever it is opened. */
+  readonly #options: Partial<EngineOptions>;
 
-  private constructor(server: NatsServer, monitor: number) {
+  private constructor(server: NatsServer, monitor: number, options: Partial<EngineOptions>) {
     this.server = server;
     this.#monitor = monitor;
+    this.#options = options;
   }
 
   static async start(
@@ -309,7 +312,7 @@ export class FaultCluster implements AsyncDisposable {
     devices: DeviceOptions = {},
   ): Promise<FaultCluster> {
     const monitor = freePort();
-    const cluster = new FaultCluster(await startServer(0, monitor), monitor);
+    const cluster = new FaultCluster(await startServer(0, monitor), monitor, options);
     try {
       await cluster.#offer();
       for (let i = 0; i < count; i++) {
@@ -319,7 +322,7 @@ export class FaultCluster implements AsyncDisposable {
         const quota = devices.quota?.(i);
         if (quota !== undefined && !await device.limit(quota)) throw new Error("control groups cannot be made here");
       }
-      await cluster.open({ workers: count, ...options });
+      await cluster.open({ workers: count });
       return cluster;
     } catch (error) {
       await cluster[Symbol.asyncDispose]();
@@ -352,7 +355,7 @@ export class FaultCluster implements AsyncDisposable {
     this.server = await startServer(port, this.#monitor);
   }
 
-  /** Opens the orchestrator's side. */
+  /** Opens the orchestrator's side; what is told here goes before what was told at the start. */
   async open(options: Partial<EngineOptions> = {}): Promise<void> {
     const { root, files } = this.#manifest;
     // The bundled model is under a path that no worker has.
@@ -360,13 +363,12 @@ export class FaultCluster implements AsyncDisposable {
       model: { ...await loadModel(MODEL), path: "/nowhere.gguf" },
       weights: { root, files: [...files] },
     });
-    const { model, ...rest } = options;
+    const { model, ...rest } = { ...this.#options, ...options };
     this.bus = await NatsBus.connect({ servers: `127.0.0.1:${this.server.port}`, onError: () => {} });
     this.engine = await Engine.start({
       bus: this.bus,
       ...(model === undefined ? await bundled() : { model }),
       cluster: "lutra",
-      shards: 2,
       context: 512,
       kvTokens: 4096,
       workerTimeoutMs: 60_000,

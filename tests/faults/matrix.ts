@@ -81,6 +81,8 @@ export interface Fault {
   act(cluster: FaultCluster): Promise<void> | void;
   /** Makes it whole again for the next run. */
   mend?(cluster: FaultCluster): Promise<void> | void;
+  /** Breaks a cluster of replicas, each on a device of its own, rather than a pipeline of two stages with devices to spare. */
+  replicas?: boolean;
   /** Breaks before the first token, while a long prompt is computed. */
   prefill?: boolean;
   /** What it needs of the system. */
@@ -96,6 +98,9 @@ async function restart(cluster: FaultCluster, ...stages: string[]): Promise<void
     device.start();
   }
 }
+
+const DEVICES = 4;
+const REPLICAS = 3;
 
 let broken: string[] = [];
 const mend = (cluster: FaultCluster) => restart(cluster, ...broken);
@@ -176,15 +181,37 @@ export const FAULTS: Readonly<Record<string, Fault>> = {
   "broker restart": {
     act: (c) => c.restartServer(),
   },
+  "replicas: SIGKILL of one": { act: (c) => strike(c, "SIGKILL", 0), mend, replicas: true },
+  "replicas: SIGKILL of all but one": { act: (c) => strike(c, "SIGKILL", 0, 2), mend, replicas: true },
+  "replicas: SIGTERM of one": { act: (c) => strike(c, "SIGTERM", 1), mend, replicas: true },
+  "replicas: one rejoins": {
+    act: async (c) => {
+      strike(c, "SIGKILL", 1);
+      await mend(c);
+    },
+    replicas: true,
+  },
+  "replicas: orchestrator restart": {
+    act: async (c) => {
+      await c.shut();
+      c.events.length = 0;
+      await c.open({ workers: REPLICAS });
+    },
+    replicas: true,
+  },
 };
 
-/** Resolves when so many workers are there. */
-export async function gathered(cluster: FaultCluster, count: number): Promise<void> {
+/** Resolves when so many workers are there, and so many replicas serve. */
+export async function gathered(cluster: FaultCluster, count: number, replicas = 1): Promise<void> {
   const deadline = performance.now() + 60_000;
-  const there = () => cluster.engine.clusterStatus().workers.filter(({ state }) => state === "ready").length;
-  while (there() < count || cluster.engine.clusterStatus().state !== "serving") {
-    if (performance.now() > deadline) throw new Error(`${there()} of ${count} workers came back`);
-    await new Promise((resolve) => setTimeout(resolve, 50));
+  for (;; await new Promise((resolve) => setTimeout(resolve, 50))) {
+    const status = cluster.engine.clusterStatus();
+    const there = status.workers.filter(({ state }) => state === "ready").length;
+    const serving = status.replicas.filter(({ state }) => state === "serving").length;
+    if (there >= count && serving === replicas) return;
+    if (performance.now() > deadline) {
+      throw new Error(`${there} of ${count} workers came back, and ${serving} of ${replicas} replicas`);
+    }
   }
 }
 
@@ -198,11 +225,27 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
       expected.set(prefill, await Promise.all(all));
     }
   }
-  const devices = 4;
-  await using cluster = await FaultCluster.start(devices);
-  await gathered(cluster, devices);
-  for (const [name, fault] of Object.entries(FAULTS)) {
-    if (only !== undefined && !only.includes(name)) continue;
+  for (const replicas of [false, true]) {
+    const faults = Object.entries(FAULTS).filter(([name, fault]) =>
+      (fault.replicas === true) === replicas && (only === undefined || only.includes(name))
+    );
+    if (faults.length === 0) continue;
+    const devices = replicas ? REPLICAS : DEVICES;
+    await using cluster = await FaultCluster.start(devices, replicas ? {} : { shards: 2 });
+    const whole = () => gathered(cluster, devices, replicas ? REPLICAS : 1);
+    await whole();
+    yield* runRounds(cluster, faults, runs, expected, whole);
+  }
+}
+
+async function* runRounds(
+  cluster: FaultCluster,
+  faults: readonly (readonly [string, Fault])[],
+  runs: number,
+  expected: ReadonlyMap<boolean, number[][]>,
+  whole: () => Promise<void>,
+): AsyncGenerator<FaultRow> {
+  for (const [name, fault] of faults) {
     const [device] = cluster.devices;
     const able = { "namespaces": device!.link !== undefined, "control groups": await device!.limit(undefined) };
     if (fault.needs !== undefined && !able[fault.needs]) {
@@ -248,7 +291,7 @@ export async function* runFaults(runs: number, only?: readonly string[]): AsyncG
       if (noticed !== undefined) row.detect_ms = Math.max(row.detect_ms ?? 0, Math.round(noticed.at - at));
       if (went !== undefined) row.recover_ms = Math.max(row.recover_ms ?? 0, Math.round(went.at - at));
       await fault.mend?.(cluster);
-      await gathered(cluster, devices);
+      await whole();
     }
     yield row;
   }
