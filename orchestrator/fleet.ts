@@ -594,7 +594,12 @@ export class Fleet {
       }
     }
     this.#former = this.#formerReplicas();
-    if (this.#former.length === 0) await this.#measure(this.#candidates(undefined));
+    if (this.#former.length > 0) return;
+    // Others may have come while the first measured.
+    for (let asked = -1; asked < this.#asked.size;) {
+      asked = this.#asked.size;
+      await this.#measure(this.#candidates(undefined));
+    }
   }
 
   /** The replicas of the orchestrator before, those that can be had again. */

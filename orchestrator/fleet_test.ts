@@ -167,6 +167,19 @@ test("boards that each hold the model are replicas, which share the streams; one
   assert.equal(new Set(status.replicas.map(({ epoch }) => epoch)).size, 3, "each has epochs of its own");
 });
 
+test("boards that come while the first measures itself are measured, too, before any is chosen", async (site) => {
+  const paced = (ms: number) => ({ beforeLayer: () => new Promise<void>((resolve) => setTimeout(resolve, ms)) });
+  await site.work("slow", { measure: true, kernels: paced(30) });
+  let late: Promise<unknown> | undefined;
+  setTimeout(() => late = site.work("fast", { measure: true, kernels: paced(5) }), 50);
+  const engine = await site.serve();
+  await late;
+  await settled(() => replicas(engine).length === 2);
+  assert.deepEqual(replicas(engine), ["fast", "slow"]);
+  const measured = engine.clusterStatus().workers.map(({ msPerLayer }) => msPerLayer);
+  assert(measured.every((ms) => ms !== null), `${measured}`);
+});
+
 test("a request goes where an earlier one has left its beginning", async (site) => {
   for (const id of ["a", "b"]) await site.work(id);
   const engine = await site.serve({ workers: 2 });

@@ -60,9 +60,11 @@ class Link implements AsyncDisposable {
     const tag = `${Deno.pid % 100_000}x${index}`;
     this.namespace = `lutra-${tag}`;
     this.#outer = `lt${tag}`;
-    const third = (Deno.pid + index) % 250;
-    this.host = `10.231.${third}.1`;
-    this.#inner = `10.231.${third}.2`;
+    // Other processes' links must have other addresses: else a device's answers would go to another one.
+    const subnet = (61 * Deno.pid + index) % (1 << 14);
+    const address = (host: number) => `10.231.${subnet >> 6}.${4 * (subnet & 63) + host}`;
+    this.host = address(1);
+    this.#inner = address(2);
   }
 
   /** `undefined` where this user may not make one. */
