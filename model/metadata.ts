@@ -1,6 +1,8 @@
 import { UnsupportedModelError } from "./errors.ts";
 import type { GgufFile, GgufValue } from "./gguf.ts";
 
+const MAX_INTEGER = 0xffff_ffff;
+
 /** Typed access to a GGUF's metadata; every error names the key. */
 export class Metadata {
   readonly #values: ReadonlyMap<string, GgufValue>;
@@ -26,9 +28,11 @@ export class Metadata {
     return this.#get(key, "a number", (v): v is number => typeof v === "number" && Number.isFinite(v));
   }
 
-  /** An integer from `min` on. */
+  /** An integer from `min` on that 32 bits hold. */
   integer(key: string, min = 0): number | undefined {
-    return this.#get(key, `an integer from ${min} on`, (v): v is number => Number.isInteger(v) && (v as number) >= min);
+    const is = (v: GgufValue): v is number =>
+      Number.isInteger(v) && (v as number) >= min && (v as number) <= MAX_INTEGER;
+    return this.#get(key, `an integer from ${min} to ${MAX_INTEGER}`, is);
   }
 
   strings(key: string): readonly string[] | undefined {

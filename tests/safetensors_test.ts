@@ -1,9 +1,12 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { loadModel, ModelError, SafetensorsError, TokenizerError, UnsupportedModelError } from "../model/mod.ts";
-import { loadKernels } from "../worker/mod.ts";
+import { KernelError, loadKernels } from "../worker/mod.ts";
 import { argmax, maxDifference, relativeError, sameBits, startCluster } from "./cluster.ts";
 import { fixture } from "./data.ts";
+import { randomNumbers } from "./gguf_writer.ts";
+import { shardOf } from "../orchestrator/mod.ts";
+import { shardSchema } from "../bus/mod.ts";
 import { writeModelFolder, writeSafetensors } from "./safetensors_writer.ts";
 
 interface Golden {
@@ -168,6 +171,62 @@ Deno.test("loadModel: a quantised folder in another layout is refused by its nam
       warnings.join(),
       /small or odd groups \(7, the first is blk\.0\.\w+\.weight\) take [\d.]+ MB of memory, [\d.]+ MB in/,
     );
+  }));
+
+Deno.test("loadModel: a config.json with any value anywhere loads into the kernels, or is refused with an error of its kind", () =>
+  withFolder(async (folder) => {
+    const below = randomNumbers(20261126);
+    const text = "9".repeat(100_000);
+    const values = [null, true, 0, 1, -1, 3, 0.5, 1e-320, 2 ** 31, 2 ** 53, 1e308, "", "x", text, [], [1], [[]], {}, {
+      a: 1,
+    }];
+    const sources = ["architectures", "folders"].flatMap((kind) =>
+      [...Deno.readDirSync(fixture(kind))].filter(({ isDirectory }) => isDirectory).map(({ name }) => `${kind}/${name}`)
+    );
+    const outcome = { opened: 0, refused: 0 };
+    const wrong: string[] = [];
+    for (const source of sources.sort()) {
+      for (const { name } of Deno.readDirSync(fixture(source))) {
+        Deno.copyFileSync(fixture(`${source}/${name}`), join(folder, name));
+      }
+      Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+      const good = JSON.parse(Deno.readTextFileSync(join(folder, "config.json")));
+      // In every object in it, a value for every key.
+      const objects = (value: unknown, path: string[] = []): string[][] =>
+        typeof value !== "object" || value === null ? [] : Object.entries(value).flatMap(([key, inner]) => [
+          [...path, key],
+          ...objects(inner, [...path, key]),
+        ]);
+      for (
+        const path of [...objects(good), ["sliding_window"], ["head_dim"], ["quantization_config"]]
+      ) {
+        const config = structuredClone(good);
+        const last = path.at(-1)!;
+        const object = path.slice(0, -1).reduce((object, key) => object[key], config);
+        object[last] = values[below() % values.length];
+        Deno.writeTextFileSync(join(folder, "config.json"), JSON.stringify(config));
+        const what = `${source}: ${path.join(".")} = ${JSON.stringify(object[last]).slice(0, 40)}`;
+        try {
+          const { description, path: file, files } = await loadModel(folder);
+          const { hyper } = description;
+          const settings = { path: file, files, kv: { type: "f32" as const, tokens: 32 }, maxBatch: 4 };
+          const shard = shardOf(description, { first: 0, end: hyper.layers }, {
+            ...settings,
+            context: Math.min(hyper.context, 32),
+          });
+          assert.ok(shardSchema.safeParse(shard).success, what);
+          const handle = await loadKernels().openShard(shard, { threads: 1, isa: null });
+          handle.close();
+          outcome.opened++;
+        } catch (error) {
+          if (!(error instanceof ModelError || error instanceof KernelError)) wrong.push(`${what}: ${error}`);
+          outcome.refused++;
+        }
+      }
+      for (const { name } of [...Deno.readDirSync(folder)]) Deno.removeSync(join(folder, name));
+    }
+    assert.deepEqual(wrong, []);
+    assert.ok(outcome.opened > 300 && outcome.refused > 300, JSON.stringify(outcome));
   }));
 
 Deno.test("loadModel: a folder whose files are damaged anywhere loads, or is refused with an error of its kind", () =>

@@ -1,7 +1,17 @@
 //! Logits and greedy tokens against independent engines. (NumPy's archives are read by the tests in TypeScript.)
 
-use crate::model::{fixture, floats, shared, Model, GREEDY, RUN};
+use crate::model::{assert_bits, fixture, floats, open, shared, Model, Part, Shards, GREEDY, RUN};
+use lutra_kernels::available;
 use serde_json::Value;
+
+/// The largest difference, and the root mean square of differences over that of the expected values' deviation from their mean.
+fn errors(actual: &[f32], expected: &[f32]) -> (f64, f64) {
+    assert!(actual.len() == expected.len() && actual.iter().all(|v| v.is_finite()));
+    let differences = || actual.iter().zip(expected).map(|(a, b)| f64::from((a - b).abs()));
+    let mean = expected.iter().map(|&b| f64::from(b)).sum::<f64>() / expected.len() as f64;
+    let spread = expected.iter().map(|&b| (f64::from(b) - mean).powi(2)).sum::<f64>();
+    (differences().fold(0.0, f64::max), (differences().map(|d| d * d).sum::<f64>() / spread).sqrt())
+}
 
 #[test]
 fn fixtures_logits_equal_transformers() {
@@ -13,18 +23,12 @@ fn fixtures_logits_equal_transformers() {
             golden["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap() as u32).collect();
         let expected = floats(&std::fs::read(fixture(text("logits"))).unwrap());
         let logits = model.shards(1, RUN).logits(1, &tokens, tokens.len());
-        assert_eq!(logits.len(), expected.len());
-        let difference = logits.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        let mean = expected.iter().map(|&b| f64::from(b)).sum::<f64>() / expected.len() as f64;
-        let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
-        let relative = (squares(&mut logits.iter().zip(&expected).map(|(a, b)| f64::from(a - b)))
-            / squares(&mut expected.iter().map(|&b| f64::from(b) - mean)))
-        .sqrt();
+        let (difference, relative) = errors(&logits, &expected);
         println!("{}: largest difference {difference:.2e}, relative {relative:.2e}", text("file"));
         match golden["tolerance"].as_f64().unwrap() {
             // Activations are rounded to 8 bits: tests/golden_test.ts derives this bound.
             0.0 => assert!(relative <= 2.0 * 0.0064 * (4.0 * model.size("layers") as f64 + 1.0).sqrt()),
-            tolerance => assert!(f64::from(difference) <= tolerance),
+            tolerance => assert!(difference <= tolerance),
         }
     }
 }
@@ -48,5 +52,42 @@ fn greedy_ids_equal_llama_cpp() {
             tokens.push(next);
         }
         assert_eq!(tokens, expected, "{count} shards");
+    }
+}
+
+/// Every architecture and every kind of quantised folder (`tests/shards.ts` writes what the kernels are told of them).
+#[test]
+fn all_models_logits_equal_transformers_with_every_set_of_kernels() {
+    let goldens: Value = serde_json::from_slice(&std::fs::read(fixture("shards.json")).unwrap()).unwrap();
+    for golden in goldens.as_array().unwrap() {
+        let name = golden["name"].as_str().unwrap();
+        let tokens: Vec<u32> =
+            golden["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap() as u32).collect();
+        let expected = floats(&std::fs::read(fixture(golden["logits"].as_str().unwrap())).unwrap());
+        let mut first: Option<Vec<f32>> = None;
+        for ks in available() {
+            let mut descriptor = golden["shard"].clone();
+            descriptor["path"] = fixture(descriptor["path"].as_str().unwrap()).to_str().unwrap().into();
+            descriptor["threads"] = 1.into();
+            descriptor["isa"] = ks.isa.to_string().into();
+            let size = |key: &str| golden["shard"]["hyper"][key].as_u64().unwrap() as usize;
+            let shards = Shards {
+                shards: vec![open(&descriptor).unwrap_or_else(|e| panic!("{name}: {}", e.message))],
+                embedding: size("embedding"),
+                vocab: size("vocab"),
+            };
+            // The last ones by themselves, through the cache.
+            let mut logits = shards.logits(1, &tokens[..tokens.len() - 4], tokens.len());
+            for pos in tokens.len() - 4..tokens.len() {
+                let part = Part::new(1, pos, &tokens[pos..pos + 1]).logits();
+                logits.extend(floats(&shards.forward(&[part]).unwrap()));
+            }
+            let (difference, relative) = errors(&logits, &expected);
+            match golden["tolerance"].as_f64() {
+                Some(tolerance) => assert!(difference <= tolerance, "{name} {}: {difference}", ks.isa),
+                None => assert!(relative <= golden["relative"].as_f64().unwrap(), "{name} {}: {relative}", ks.isa),
+            }
+            assert_bits(&logits, first.get_or_insert_with(|| logits.clone()), &format!("{name} {}", ks.isa));
+        }
     }
 }
