@@ -2,7 +2,7 @@ import type { Command } from "commander";
 import { modelPath } from "./hub/reference.ts";
 import { ggmlTypeName, isModelFolder, loadModel, readGguf, readModelFolder } from "../model/mod.ts";
 import type { GgufFile, GgufValue, LoadedModel, ModelDescription } from "../model/mod.ts";
-import { DEFAULT_CONTEXT, modelCost } from "../orchestrator/mod.ts";
+import { DEFAULT_CONTEXT, modelCost, wholeBytes } from "../orchestrator/mod.ts";
 
 /** Adds the command `inspect`. */
 export function addInspect(program: Command): void {
@@ -28,10 +28,7 @@ export function addInspect(program: Command): void {
 
 /** What the model takes of a machine's memory, by default. */
 function memoryOf(description: ModelDescription) {
-  const bytes = (tokens: number) => {
-    const { layers, embeddingBytes, head } = modelCost(description, { type: "f16", tokens });
-    return Math.ceil(layers.reduce((sum, layer) => sum + layer.memoryBytes, embeddingBytes + head.memoryBytes));
-  };
+  const bytes = (tokens: number) => Math.ceil(wholeBytes(modelCost(description, { type: "f16", tokens })));
   const weights = bytes(0);
   return { weights, cache: bytes(DEFAULT_CONTEXT) - weights, cachedTokens: DEFAULT_CONTEXT };
 }

@@ -13,6 +13,8 @@ export interface ModelCost {
   readonly layers: readonly LayerCost[];
   /** Bytes that the first stage holds besides its layers. */
   readonly embeddingBytes: number;
+  /** Of these and of the head, what is held once by a device that has both: the matrix that they share. @default {0} */
+  readonly tiedBytes?: number;
   /** What the last stage holds and reads besides its layers. */
   readonly head: LayerCost;
 }
@@ -333,6 +335,11 @@ interface RangeCost extends LayerCost {
   readonly headBytes: number;
 }
 
+/** Bytes that one device holds of the whole model. */
+export function wholeBytes(cost: ModelCost): number {
+  return rangeCosts(cost)(0, cost.layers.length).memoryBytes;
+}
+
 /** Cost of layers `from` to `to` (exclusive), with embedding and head where they belong. */
 function rangeCosts(cost: ModelCost): (from: number, to: number) => RangeCost {
   const memory = [0];
@@ -341,11 +348,13 @@ function rangeCosts(cost: ModelCost): (from: number, to: number) => RangeCost {
     memory.push(memory.at(-1)! + layer.memoryBytes);
     read.push(read.at(-1)! + layer.readBytes);
   }
+  const { tiedBytes: tied = 0 } = cost;
   return (from, to) => {
     const first = from === 0 ? cost.embeddingBytes : 0;
     const last = to === cost.layers.length ? cost.head : { memoryBytes: 0, readBytes: 0 };
     return {
-      memoryBytes: memory[to]! - memory[from]! + first + last.memoryBytes,
+      memoryBytes: memory[to]! - memory[from]! + first + last.memoryBytes -
+        (from === 0 && last === cost.head ? tied : 0),
       readBytes: read[to]! - read[from]!,
       headBytes: last.readBytes,
     };

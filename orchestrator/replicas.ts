@@ -1,5 +1,5 @@
 import { PlacementError } from "./errors.ts";
-import { place, predict } from "./placement.ts";
+import { place, predict, wholeBytes } from "./placement.ts";
 import type { Device, ModelCost, PlacedStage, PlaceOptions } from "./placement.ts";
 
 /** Options of {@linkcode placeReplicas}. */
@@ -86,8 +86,7 @@ interface Reached {
 
 /** The partition of devices into replicas that gives most tokens; none when the model fits no set of them. */
 function partition(cost: ModelCost, devices: readonly Device[], options: PlaceOptions): readonly Replica[] {
-  const needed = cost.layers.reduce((sum, { memoryBytes }) => sum + memoryBytes, 0) + cost.embeddingBytes +
-    cost.head.memoryBytes;
+  const needed = wholeBytes(cost);
   const alone = devices.filter(({ memoryBytes }) => memoryBytes >= needed);
   const others = devices.filter(({ memoryBytes }) => memoryBytes < needed);
   const single = ({ id }: Device): Replica => [{ worker: id, first: 0, end: cost.layers.length }];

@@ -43,7 +43,13 @@ export function modelCost(description: ModelDescription, kv: Shard["kv"]): Model
   });
   const head = weightBytes(description.head);
   const embeddingBytes = weightBytes([description.embedding, description.positions]);
-  return { layers, embeddingBytes, head: { memoryBytes: head, readBytes: head } };
+  const tied = description.embedding.name === description.head.output.weight.name;
+  return {
+    layers,
+    embeddingBytes,
+    head: { memoryBytes: head, readBytes: head },
+    ...(tied ? { tiedBytes: weightBytes(description.embedding) } : {}),
+  };
 }
 
 /** Bytes of all tensors in `part`, packed. */

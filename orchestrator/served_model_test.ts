@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { controlRequestSchema, decodeJson, encodeJson, shardSchema } from "../bus/mod.ts";
 import type { ControlRequest, TensorLayout } from "../bus/mod.ts";
 import { fakeModel } from "../tests/fakes/cluster.ts";
+import { wholeBytes } from "./placement.ts";
 import { modelCost, shardOf } from "./served_model.ts";
 
 type Expert = (TensorLayout & { kind: "parts" })["parts"][number];
@@ -33,6 +34,12 @@ Deno.test("modelCost: counts packed weights, KV cache, embedding and head", () =
   near(modelCost(description, { type: "q8", tokens: 64 }).layers[0]!.memoryBytes, 900 * 1.02 + 2 * 64 * 2 * (8 + 4));
   near(cost.embeddingBytes, 1000 * 1.02);
   near(cost.head.memoryBytes, 2040 * 1.02);
+  near(wholeBytes(cost), 6 * cost.layers[0]!.memoryBytes + 3040 * 1.02);
+  // The head's matrix may be the embedding: one device holds it once.
+  const head = { ...description.head, output: { weight: description.embedding } };
+  const tied = modelCost({ ...description, head }, { type: "f16", tokens: 64 });
+  near(tied.head.memoryBytes, 1040 * 1.02);
+  near(wholeBytes(tied), 6 * cost.layers[0]!.memoryBytes + 1040 * 1.02);
 });
 
 Deno.test("modelCost: a token reads the experts it goes to, the device holds them all", () => {
