@@ -81,6 +81,11 @@ async function hopCost(engine: Engine): Promise<number> {
   return median(hops);
 }
 
+/** Each on a core of its own. */
+const DEVICES = { core: (index: number) => index, memoryGB: 8 };
+/** Tokens of a micro-batch, as engines have them unless told otherwise. */
+const MAX_BATCH = 256;
+
 interface Flags {
   shape: string;
   type: string;
@@ -113,11 +118,18 @@ async function inTurns(rounds: number, measure: (engine: Engine) => Promise<numb
   return { one: of((pair) => pair.one), two: of((pair) => pair.two), ratio: of((pair) => pair.two / pair.one) };
 }
 
+/** Waits until so many replicas serve. */
+async function serving({ engine }: FaultCluster, count: number): Promise<void> {
+  while (engine.clusterStatus().replicas.filter(({ state }) => state === "serving").length < count) {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
 /** Measures all rows, in the order in which they come. */
 async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): AsyncGenerator<ClusterRow> {
   const settings = { model, context: 1024, kvTokens: 8192, loadTimeoutMs: 120_000, lostMs: 5000 };
   const start = (stages: number, delayMs: number) =>
-    FaultCluster.start(stages, { ...settings, shards: stages }, { core: (index) => index, delayMs, memoryGB: 8 });
+    FaultCluster.start(stages, { ...settings, shards: stages }, { ...DEVICES, delayMs });
   await using single = await start(1, 0);
   await decode(single.engine, 1, 8);
   /** What one worker needs for a token of each of some streams, in milliseconds. */
@@ -128,14 +140,23 @@ async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): 
     const tok_s = median(values);
     stepMs.set(streams, (1000 * streams) / tok_s);
     const ratio_one = tok_s * stepMs.get(1)! / 1000;
-    const row = { phase: "decode", stages: 1, batch: null, delay_ms: 0, ratio: 1, theory: 1, hop_ms: null } as const;
+    const row = {
+      phase: "decode",
+      stages: 1,
+      replicas: 1,
+      batch: null,
+      delay_ms: 0,
+      ratio: 1,
+      theory: 1,
+      hop_ms: null,
+    } as const;
     yield { ...row, streams, tok_s, ratio_one };
   }
   const one = stepMs.get(1)!;
   for (const delay_ms of delays) {
     await using cluster = await start(2, delay_ms);
     await decode(cluster.engine, 1, 8);
-    const row = { stages: 2, batch: null, delay_ms, hop_ms: null } as const;
+    const row = { stages: 2, replicas: 1, batch: null, delay_ms, hop_ms: null } as const;
     // Every message passes the server: two delays a hop.
     const hop = 2 * delay_ms;
     const decoding = (streams: number) =>
@@ -189,9 +210,29 @@ async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): 
       ratio_one: unbatched.two * one / 1000,
       theory: 2,
     };
-    await single.shut();
-    await single.open({ ...settings, shards: 1, workers: 1 });
-    await decode(single.engine, 1, 8);
+    // The same workers' cores with the whole model each.
+    await using pair = await FaultCluster.start(2, { ...settings, maxBatch: 1 }, DEVICES);
+    for (const batch of [1, null]) {
+      if (batch === null) {
+        for (const [cluster, shards] of [[single, { shards: 1 }], [pair, {}]] as const) {
+          await cluster.shut();
+          await cluster.open({ ...settings, ...shards, maxBatch: MAX_BATCH });
+        }
+      }
+      await serving(pair, 2);
+      await Promise.all([decode(single.engine, 1, 8), decode(pair.engine, 2, 8)]);
+      for (const streams of batch === null ? [1, STREAMS] : [STREAMS]) {
+        const { two: tok_s, ratio } = await inTurns(
+          rounds,
+          (engine) => decode(engine, streams, tokens),
+          single.engine,
+          pair.engine,
+        );
+        const theory = batch === 1 ? 2 : streams === 1 ? 1 : stepMs.get(STREAMS)! / stepMs.get(STREAMS / 2)!;
+        const own = { phase: "decode", stages: 1, replicas: 2, streams, batch } as const;
+        yield { ...row, ...own, tok_s, ratio, ratio_one: tok_s * one / 1000, theory };
+      }
+    }
   }
 }
 

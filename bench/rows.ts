@@ -68,12 +68,14 @@ export const costRowSchema = z.strictObject({
 });
 export type CostRow = z.infer<typeof costRowSchema>;
 
-/** A pipeline over some workers against one worker. */
+/** A pipeline over some workers, or several of them, against one worker. */
 export const clusterRowSchema = z.strictObject({
   /** Tokens of answers; those of one prompt, to its first answer token. */
   phase: z.enum(["decode", "prefill"]),
   /** Each on a worker of its own. */
   stages: count,
+  /** Pipelines, each with the whole model. */
+  replicas: count.default(1),
   /** Requests at the same time. */
   streams: count,
   /** Most tokens computed together; null: as many as there are. */

@@ -83,9 +83,22 @@ export function costLines(rows: readonly CostRow[]): string[] {
 /** Pipelines against one worker, as people read them. */
 export function describeCluster(rows: readonly ClusterRow[]): string[] {
   return table(
-    ["phase", "stages", "streams", "batch", "delay ms", "tok/s", "to one worker", "theory", "to one stream", "hop ms"],
+    [
+      "phase",
+      "replicas",
+      "stages",
+      "streams",
+      "batch",
+      "delay ms",
+      "tok/s",
+      "to one worker",
+      "theory",
+      "to one stream",
+      "hop ms",
+    ],
     rows.map((r) => [
       r.phase,
+      `${r.replicas}`,
       `${r.stages}`,
       `${r.streams}`,
       r.batch === null ? "any" : `${r.batch}`,
