@@ -54,6 +54,7 @@ interface Pending {
 
 const RECONNECT_MS = 200;
 const CLOSE_FLUSH_MS = 1000;
+const MOST_CHECKED = 256;
 
 /**
  * The transport over a NATS server. Connections that break are made again without end, with all subscriptions; what was
@@ -75,6 +76,8 @@ export class NatsBus implements Bus {
   readonly #watchers = new Set<(state: BusState) => void>();
   readonly #pending = new Map<string, Pending>();
   readonly #inbox = createInbox();
+  /** Subjects that are well-formed. */
+  readonly #checked = new Set<string>();
   #nextInbox = 0;
   #state: BusState = "connected";
   #closing: Promise<void> | undefined;
@@ -223,11 +226,19 @@ export class NatsBus implements Bus {
 
   #send(subject: string, data: Uint8Array, reply: string | undefined): void {
     this.#checkOpen();
-    checkSubject(subject);
+    this.#checkSubject(subject);
     if (reply !== undefined) checkSubject(reply);
     if (data.byteLength > this.maxPayload) throw new PayloadTooLargeError(subject, data.byteLength, this.maxPayload);
     // The client keeps the buffer until it is written; the caller may change it at once.
     this.#nc.publish(subject, new Uint8Array(data), reply === undefined ? {} : { reply });
+  }
+
+  /** Tokens go to the same few subjects again and again. */
+  #checkSubject(subject: string): void {
+    if (this.#checked.has(subject)) return;
+    checkSubject(subject);
+    if (this.#checked.size >= MOST_CHECKED) this.#checked.clear();
+    this.#checked.add(subject);
   }
 
   /** Hands a message to a handler, whose errors go no further: the client's reader would end with them. */

@@ -122,11 +122,16 @@ export function entryTable(batch: DecodedBatch): Uint8Array {
   return batch.bytes.subarray(0, 4 + batch.entries.length * ENTRY_BYTES);
 }
 
+/** Bytes of a sampled token in a RESULT, with so many alternatives: u32 id, f32 log-probability, u32 alternatives, and these. */
+export function sampledBytes(alternatives: number): number {
+  return 12 + 8 * alternatives;
+}
+
 /** Most bytes that the results of `batch` take. */
 export function maxResultBytes(batch: DecodedBatch, vocab: number): number {
   let bytes = 0;
   for (const entry of batch.entries) {
-    if (entry.sampled) bytes += 12 + 8 * entry.topLogprobs;
+    if (entry.sampled) bytes += sampledBytes(entry.topLogprobs);
     if (entry.logits) bytes += 4 * vocab * entry.tokenCount;
   }
   return bytes;

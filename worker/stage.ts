@@ -1,13 +1,13 @@
 import {
-  decodeMessage,
-  decodeResults,
   decodeSample,
   encodeBatch,
   encodeMessage,
+  ENTRY_BYTES,
   entryTable,
   filterBatch,
   HEADER_BYTES,
   maxResultBytes,
+  sampledBytes,
   writeHeader,
 } from "../bus/mod.ts";
 import type { DecodedBatch, Hello, Stage as StageSpec, StageStatus, Subscription } from "../bus/mod.ts";
@@ -127,8 +127,8 @@ export class Stage {
     const { shard } = this.spec;
     const { batch, payload } = filterBatch(item.batch, item.payload, (seq) => this.#released.has(seq));
     let passed = this.#passed(batch);
-    let computed = batch.entries.length > 0;
     let written = 0;
+    let following: Following | undefined;
     if (batch.entries.length > 0) {
       const row = 4 * shard.hyper.embedding;
       const expected = shard.embedding === null ? row * batch.tokens.length : 0;
@@ -151,12 +151,16 @@ export class Stage {
       this.#begin = performance.now();
       this.#runningTokens = batch.tokens.length;
       try {
-        written = await this.handle.forward(batch.bytes, payload, this.#stop, output);
+        const running = this.handle.forward(batch.bytes, payload, this.#stop, output);
+        // What is known already is written while the kernels compute: when they are done, nothing else shall take time.
+        this.#frame(item, passed, capacity);
+        if (shard.head !== null && item.chain > 0) following = new Following(item, this.epoch, batch);
+        written = await running;
       } catch (error) {
         const stopped = error instanceof KernelError && error.code === KernelErrorCode.stopped;
         if (!stopped || !seqs.every((seq) => this.#released.has(seq))) throw error;
         passed = EMPTY;
-        computed = false;
+        following = undefined;
       } finally {
         this.#running = undefined;
         const ms = performance.now() - this.#begin;
@@ -170,31 +174,21 @@ export class Stage {
       this.tokens += batch.tokens.length;
     }
     this.steps++;
-    writeHeader(this.#message, {
-      kind: shard.head === null ? "work" : "result",
-      epoch: this.epoch,
-      step: item.step,
-      batchBytes: passed.byteLength,
-      payloadBytes: written,
-      ...(shard.head === null ? { chain: item.chain } : {}),
-    });
-    this.#message.set(passed, HEADER_BYTES);
-    const message = this.#message.subarray(0, HEADER_BYTES + passed.byteLength + written);
+    this.#frame(item, passed, written);
+    const end = HEADER_BYTES + passed.byteLength + written;
+    const message = this.#message.subarray(0, end);
     if (shard.head === null || item.chain === 0) return { message };
-    return { message, following: this.#following(item, computed ? batch : undefined, message) };
+    following ??= new Following(item, this.epoch, undefined);
+    return { message, following: following.withResults(message.subarray(end - written)) };
   }
 
-  /** The next step of a chain: the tokens in `result`, the RESULT of `batch`. It goes on without any too, as steps are awaited. */
-  #following({ step, chain }: QueuedStep, batch: DecodedBatch | undefined, result: Uint8Array): Uint8Array {
-    const results = batch === undefined ? [] : decodeResults(decodeMessage(result), this.spec.shard.hyper.vocab);
-    const entries = results.flatMap(({ seq, pos, tokenCount, sampled }, i) => {
-      const sample = decodeSample(batch!, batch!.entries[i]!);
-      return sampled === undefined || sample === undefined
-        ? []
-        : [{ seq, pos: pos + tokenCount, tokens: [sampled.id], sample }];
-    });
-    const header = { kind: "work", epoch: this.epoch, step: step + 1, chain: chain - 1 } as const;
-    return encodeMessage(header, encodeBatch(entries), new Uint8Array());
+  /** Writes all of a message but its payload. */
+  #frame({ step, chain }: QueuedStep, passed: Uint8Array, payloadBytes: number): void {
+    const last = this.spec.shard.head !== null;
+    const sizes = { batchBytes: passed.byteLength, payloadBytes };
+    const header = { kind: last ? "result" : "work", epoch: this.epoch, step, ...sizes } as const;
+    writeHeader(this.#message, last ? header : { ...header, chain });
+    this.#message.set(passed, HEADER_BYTES);
   }
 
   /** The state for the orchestrator. Not while a micro-batch runs. */
@@ -218,5 +212,36 @@ export class Stage {
     for (const seq of seqs) {
       if (this.#sequences.delete(seq)) this.handle.truncate(seq, 0);
     }
+  }
+}
+
+/** The next step of a chain: WORK for the tokens that are sampled. It goes on without any too, as steps are awaited. */
+class Following {
+  readonly #message: Uint8Array<ArrayBuffer>;
+  /** Where the token ids lie in it. */
+  readonly #tokens: number;
+  readonly #count: number;
+
+  /** @param batch The micro-batch from whose results the tokens come; `undefined` when there are none. */
+  constructor({ step, chain }: QueuedStep, epoch: number, batch: DecodedBatch | undefined) {
+    const entries = (batch?.entries ?? []).flatMap((entry) => {
+      const sample = decodeSample(batch!, entry);
+      return sample === undefined ? [] : [{ seq: entry.seq, pos: entry.pos + entry.tokenCount, tokens: [0], sample }];
+    });
+    const header = { kind: "work", epoch, step: step + 1, chain: chain - 1 } as const;
+    this.#message = encodeMessage(header, encodeBatch(entries), new Uint8Array());
+    this.#count = entries.length;
+    this.#tokens = HEADER_BYTES + 4 + ENTRY_BYTES * entries.length;
+  }
+
+  /** @param results The payload of a RESULT: the sampled tokens, in the order of the entries, come first. */
+  withResults(results: Uint8Array): Uint8Array {
+    const from = new DataView(results.buffer, results.byteOffset, results.byteLength);
+    const into = new DataView(this.#message.buffer);
+    for (let i = 0, at = 0; i < this.#count; i++) {
+      into.setUint32(this.#tokens + 4 * i, from.getUint32(at, true), true);
+      at += sampledBytes(from.getUint32(at + 8, true));
+    }
+    return this.#message;
   }
 }
