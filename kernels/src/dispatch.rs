@@ -49,6 +49,8 @@ pub struct Variant {
     /// Unique among the form's kernels; what reports and the tuner's store call it by.
     pub name: &'static str,
     pub(crate) tile: TileKernel,
+    /// Consecutive tiles that it takes at once at most.
+    pub(crate) tiles: usize,
     /// Rows of activations to give it at once that are worth trying, the usual number first, which is the most.
     pub(crate) widths: &'static [usize],
     /// Whether it reads lookup tables (`quantize::Table`).

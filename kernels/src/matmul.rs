@@ -49,7 +49,9 @@ impl Plan {
 #[derive(Clone, Copy)]
 pub(crate) struct TileArgs<'a> {
     pub form: PackedForm,
+    /// Tiles, one after the other.
     pub tile: &'a [u8],
+    pub tiles: usize,
     pub k: usize,
     pub first: usize,
     /// 1 ..= BATCH.
@@ -66,10 +68,10 @@ pub(crate) struct TileArgs<'a> {
     pub tables: &'a [Table],
 }
 
-/// `out[j][row]`, for activation row `first + j`; float tiles fill the first `FIELD_TILE`.
+/// `out[j][row]`, for activation row `first + j`, the rows of all tiles: there are no more than `MAX_TILE`.
 pub(crate) type TileOut = [[f32; MAX_TILE]; BATCH];
 
-/// Multiplies one tile with `count` rows of activations.
+/// Multiplies tiles, as many as the kernel's `Variant` takes or fewer, with `count` rows of activations.
 ///
 /// # Safety
 ///
@@ -354,6 +356,8 @@ pub fn matmul_gated(
 struct Product<'a> {
     w: &'a PackedMatrix,
     kernel: TileKernel,
+    /// Tiles that it takes at once.
+    tiles: usize,
     /// Rows of `args` that stand for one of the activations.
     digits: usize,
     width: usize,
@@ -382,6 +386,7 @@ impl<'a> Product<'a> {
         let mut args = TileArgs {
             form,
             tile: &[],
+            tiles: 0,
             k,
             first: 0,
             count: 0,
@@ -416,7 +421,17 @@ impl<'a> Product<'a> {
         // Of activations; the digits of one go together.
         let width = plan.width.min(variant.widths[0] / digits).max(1);
         let y = Shared(y.as_mut_ptr());
-        Product { w, kernel: variant.tile, digits, width, block_bytes: plan.block_bytes, args, y, y_stride }
+        Product {
+            w,
+            kernel: variant.tile,
+            tiles: variant.tiles,
+            digits,
+            width,
+            block_bytes: plan.block_bytes,
+            args,
+            y,
+            y_stride,
+        }
     }
 
     /// Activation rows that stay in cache.
@@ -444,9 +459,10 @@ fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize
                 // In units of the largest tile, whatever the form.
                 let edge = |part: usize| (p.w.rows.div_ceil(MAX_TILE) * part / parts * MAX_TILE).min(p.w.rows);
                 share = edge(part)..edge(part + 1);
-                for row in share.clone().step_by(tile_rows) {
-                    let rows = tile_rows.min(p.w.rows - row);
-                    let mut args = TileArgs { tile: p.w.tile(row / tile_rows), ..p.args };
+                for row in share.clone().step_by(tile_rows * p.tiles) {
+                    let rows = (tile_rows * p.tiles).min(share.end - row);
+                    let tiles = rows.div_ceil(tile_rows);
+                    let mut args = TileArgs { tile: p.w.tiles_from(row / tile_rows, tiles), tiles, ..p.args };
                     for first in inputs.clone().step_by(p.width) {
                         let count = p.width.min(inputs.end - first);
                         (args.first, args.count) = (first * p.digits, count * p.digits);

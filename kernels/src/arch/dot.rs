@@ -25,6 +25,8 @@ pub(crate) trait Dot {
     const PLACED: bool = false;
     /// Whether `pair` and `dot_pairs` are cheaper than two products of i32.
     const PAIRS: bool = false;
+    /// Tiles that `flat` multiplies at once: with two, activations are loaded once for both. Then LANES are all rows of a tile.
+    const TILES: usize = 1;
 
     unsafe fn splat(value: i32) -> Self::Int;
     unsafe fn load(from: *const u8) -> Self::Int;
@@ -120,6 +122,9 @@ pub(crate) trait Dot {
     /// Asks for the line that holds this address, which need not be valid.
     #[inline(always)]
     unsafe fn prefetch(_from: *const u8) {}
+    /// Asks for a line that `prefetch` has asked for to come nearer, where that goes only half the way.
+    #[inline(always)]
+    unsafe fn prefetch_near(_from: *const u8) {}
 }
 
 /// `CODES`: n for `Codes::Fields(n)` with an offset, or one of these for tables.
@@ -146,8 +151,11 @@ pub(crate) const F32_ZERO4: u8 = 11;
 pub(crate) const F32_ZERO8: u8 = 12;
 
 /// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
-/// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
+/// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm). Of tiles that are
+/// read side by side each has its part of the distance.
 const AHEAD: usize = 4096;
+/// The same for `prefetch_near`.
+const NEAR: usize = 1024;
 
 /// Registers that the rows of a tile take at most.
 const CHUNKS: usize = FIELD_TILE / 4;
@@ -235,70 +243,46 @@ unsafe fn mask<D: Dot>(v: D::Int, m: u8) -> D::Int {
     D::and(v, D::splat(bytes(m)))
 }
 
-/// The codes of a unit, 32 k: register s has k = 4·s .. 4·s + 4. `at` points to the register's rows in the unit's first word.
+/// The codes at k = 4·s .. 4·s + 4 of a unit, 32 k. `at` points to the register's rows in the unit's first word.
+#[inline(always)]
+unsafe fn code<D: Dot, const CODES: u8>(at: *const u8, s: usize) -> D::Int {
+    // The lower part.
+    let low = match CODES {
+        1 => D::field(word::<D>(at, 0), s as u32, 1),
+        2 | 3 | IQ1 | IQ2 => D::field(word::<D>(at, s / 4), 2 * (s % 4) as u32, 3),
+        8 => word::<D>(at, s),
+        _ if s % 2 == 0 => mask::<D>(word::<D>(at, s / 2), 15),
+        _ => D::field(word::<D>(at, s / 2), 4, 15),
+    };
+    // The upper part, moved to where it belongs in the code.
+    let code = match CODES {
+        3 | IQ1 | IQ2 => D::or(low, mask::<D>(moved::<D>(word::<D>(at, 2), s, 2), 4)),
+        5 => D::or(low, mask::<D>(moved::<D>(word::<D>(at, 4), s, 4), 16)),
+        6 => D::or(low, mask::<D>(moved::<D>(word::<D>(at, 4 + s / 4), 2 * (s % 4), 4), 0x30)),
+        _ => low,
+    };
+    match table_values(CODES).table() {
+        Some(table) => D::lookup(table, code),
+        None => code,
+    }
+}
+
+/// Bit `from` of every lane at bit `to`.
+#[inline(always)]
+unsafe fn moved<D: Dot>(w: D::Int, from: usize, to: usize) -> D::Int {
+    if from < to {
+        D::shl(w, (to - from) as u32)
+    } else {
+        D::shr(w, (from - to) as u32)
+    }
+}
+
+/// The codes of a unit, as `code` gives them.
 #[inline(always)]
 pub(super) unsafe fn decode<D: Dot, const CODES: u8>(at: *const u8) -> [D::Int; 8] {
     let mut out = [D::splat(0); 8];
-    // The lower part.
-    match CODES {
-        1 => {
-            let w = word::<D>(at, 0);
-            for f in 0..8 {
-                out[f] = D::field(w, f as u32, 1);
-            }
-        }
-        2 | 3 | IQ1 | IQ2 => {
-            for i in 0..2 {
-                let w = word::<D>(at, i);
-                for f in 0..4 {
-                    out[4 * i + f] = D::field(w, 2 * f as u32, 3);
-                }
-            }
-        }
-        8 => {
-            for i in 0..8 {
-                out[i] = word::<D>(at, i);
-            }
-        }
-        _ => {
-            for i in 0..4 {
-                let w = word::<D>(at, i);
-                out[2 * i] = mask::<D>(w, 15);
-                out[2 * i + 1] = D::field(w, 4, 15);
-            }
-        }
-    }
-    // The upper part, moved to where it belongs in the code.
-    match CODES {
-        3 | IQ1 | IQ2 => {
-            let w = word::<D>(at, 2);
-            for f in 0..8 {
-                let moved = if f < 2 { D::shl(w, 2 - f as u32) } else { D::shr(w, f as u32 - 2) };
-                out[f] = D::or(out[f], mask::<D>(moved, 4));
-            }
-        }
-        5 => {
-            let w = word::<D>(at, 4);
-            for f in 0..8 {
-                let moved = if f < 4 { D::shl(w, 4 - f as u32) } else { D::shr(w, f as u32 - 4) };
-                out[f] = D::or(out[f], mask::<D>(moved, 16));
-            }
-        }
-        6 => {
-            for i in 0..2 {
-                let w = word::<D>(at, 4 + i);
-                for f in 0..4 {
-                    let moved = if f < 2 { D::shl(w, 4 - 2 * f as u32) } else { D::shr(w, 2 * f as u32 - 4) };
-                    out[4 * i + f] = D::or(out[4 * i + f], mask::<D>(moved, 0x30));
-                }
-            }
-        }
-        _ => {}
-    }
-    if let Some(table) = table_values(CODES).table() {
-        for index in &mut out {
-            *index = D::lookup(table, *index);
-        }
+    for (s, out) in out.iter_mut().enumerate() {
+        *out = code::<D, CODES>(at, s);
     }
     out
 }
@@ -309,11 +293,18 @@ unsafe fn four(codes: *const i8) -> i32 {
     codes.cast::<i32>().read_unaligned()
 }
 
-/// Asks for the lines that lie `AHEAD` of these.
+/// Asks for the lines that lie ahead of these, of one of `T` tiles that are read side by side.
 #[inline(always)]
-pub(super) unsafe fn prefetch<D: Dot>(from: *const u8, lines: usize) {
+pub(super) unsafe fn prefetch<D: Dot, const T: usize>(from: *const u8, lines: usize) {
+    prefetch_over::<D, T>(from, lines, 0);
+}
+
+/// `prefetch` of lines that are followed by others `skip` bytes later.
+#[inline(always)]
+unsafe fn prefetch_over<D: Dot, const T: usize>(from: *const u8, lines: usize, skip: usize) {
     for line in 0..lines {
-        D::prefetch(from.wrapping_add(AHEAD + line * WORD));
+        D::prefetch(from.wrapping_add(AHEAD / T + skip + line * WORD));
+        D::prefetch_near(from.wrapping_add(NEAR / T + line * WORD));
     }
 }
 
@@ -325,7 +316,7 @@ pub(super) fn check(args: &TileArgs, j: usize, n: usize) -> usize {
     let subs = args.k / form.scale.sub(form.group as usize);
     assert!(
         args.k == groups * form.group as usize
-            && args.tile.len() == groups * form.group_tile_bytes()
+            && args.tile.len() == args.tiles * groups * form.group_tile_bytes()
             && j + n <= args.count
             && args.codes.len() >= rows * args.k + ACTIVATION_PAD
             && args.scales.len() >= rows * groups
@@ -353,12 +344,23 @@ pub(super) unsafe fn scale<D: Dot, const SCALE: u8>(args: &TileArgs, at: *const 
     }
 }
 
-/// Rows `first + j .. + N`, groups with one scale, of `UNITS` units (0: as many as the form says).
+/// Rows `first + j .. + N`, groups with one scale, of `UNITS` units (0: as many as the form says), `T` tiles at once.
 ///
 /// |Σ code·a| ≤ 256·128·127 < 2^22 or, signed with the bias or less a zero point, 256·255·127 on the way, far below 2^31, for
 /// each group.
+///
+/// With two tiles a loaded activation serves both: for eight rows of activations loads would else be what limits. What the
+/// one tile is ahead of the other in memory stays the same, so both are sequential streams; near its end a tile's stream goes
+/// on behind the other tile.
 #[inline(always)]
-pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS: usize, const N: usize>(
+pub(crate) unsafe fn flat<
+    D: Dot,
+    const CODES: u8,
+    const SCALE: u8,
+    const UNITS: usize,
+    const T: usize,
+    const N: usize,
+>(
     args: &TileArgs,
     j: usize,
     out: &mut TileOut,
@@ -367,43 +369,76 @@ pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS:
     let units = if UNITS > 0 { UNITS } else { args.form.group as usize / UNIT };
     let (size, unit_bytes) = (units * UNIT, width(CODES) * WORD);
     let group_bytes = units * unit_bytes + scale_bytes(SCALE);
-    assert!(group_bytes == args.form.group_tile_bytes());
+    assert!(group_bytes == args.form.group_tile_bytes() && args.tiles == T && (T == 1 || D::LANES == FIELD_TILE));
     let correction = match args.form.values {
         _ if is_signed(CODES) => -D::SIGNED_BIAS,
         Values::Offset(offset) => offset as i32,
         _ => 0,
     };
     let placed = D::PLACED && N <= 2 && matches!(CODES, 1 | 2 | 4);
+    let tile_bytes = groups * group_bytes;
     let mut acc = [[D::splat_float(0.0); CHUNKS]; N];
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
         let scales = group.add(units * unit_bytes);
+        let skip = if T > 1 && g * group_bytes + AHEAD / T >= tile_bytes { (T - 1) * tile_bytes } else { 0 };
         for chunk in 0..FIELD_TILE / D::LANES {
-            let mut sums = [[D::splat(0); SUMS]; N];
+            let mut sums = [[[D::splat(0); SUMS]; T]; N];
             for (n, sums) in sums.iter_mut().enumerate() {
-                sums[0] = D::splat(correction * *args.sums.get_unchecked((args.first + j + n) * groups + g));
+                let first = D::splat(correction * *args.sums.get_unchecked((args.first + j + n) * groups + g));
+                for sums in sums {
+                    sums[0] = first;
+                }
             }
             for unit in 0..units {
                 let at = group.add(unit * unit_bytes + chunk * D::LANES * 4);
-                if chunk == 0 {
-                    prefetch::<D>(at, width(CODES));
+                if chunk == 0 && T == 1 {
+                    prefetch_over::<D, T>(at, width(CODES), skip);
                 }
                 // No closures in these functions: they would be compiled without the instruction set.
                 let a = args.codes.as_ptr().add((args.first + j) * args.k + g * size + unit * UNIT);
                 if placed {
                     for word in 0..width(CODES) {
-                        let w = D::load(at.add(word * WORD));
+                        let mut w = [D::splat(0); T];
+                        for (t, w) in w.iter_mut().enumerate() {
+                            *w = D::load(at.add(t * tile_bytes + word * WORD));
+                            if T > 1 {
+                                prefetch_over::<D, T>(at.add(t * tile_bytes + word * WORD), 1, skip);
+                            }
+                        }
                         for field in 0..8 / width(CODES) {
-                            let codes = D::and(w, D::splat(bytes((most(CODES) << (field * width(CODES))) as u8)));
-                            let (sum, step) = (sum_of(CODES, word, field), word * 8 / width(CODES) + field);
-                            for (n, sums) in sums.iter_mut().enumerate() {
-                                sums[sum] = D::dot(sums[sum], codes, four(a.add(n * args.k + 4 * step)));
+                            let field_mask = D::splat(bytes((most(CODES) << (field * width(CODES))) as u8));
+                            let (sum, step) = (sum_of(CODES, T, word, field), word * 8 / width(CODES) + field);
+                            for (t, &w) in w.iter().enumerate() {
+                                let codes = D::and(w, field_mask);
+                                for (n, sums) in sums.iter_mut().enumerate() {
+                                    sums[t][sum] = D::dot(sums[t][sum], codes, four(a.add(n * args.k + 4 * step)));
+                                }
+                            }
+                        }
+                    }
+                } else if T > 1 {
+                    for step in 0..8 {
+                        let mut w = [D::splat(0); T];
+                        for (t, w) in w.iter_mut().enumerate() {
+                            *w = code::<D, CODES>(at.add(t * tile_bytes), step);
+                            // Requests in bursts would wait for each other.
+                            for word in step * width(CODES) / 8..(step + 1) * width(CODES) / 8 {
+                                prefetch_over::<D, T>(at.add(t * tile_bytes + word * WORD), 1, skip);
+                            }
+                        }
+                        for (n, sums) in sums.iter_mut().enumerate() {
+                            let a = four(a.add(n * args.k + 4 * step));
+                            for (sums, &w) in sums.iter_mut().zip(&w) {
+                                let sum = &mut sums[0];
+                                *sum = if is_signed(CODES) { D::dot_signed(*sum, w, a) } else { D::dot(*sum, w, a) };
                             }
                         }
                     }
                 } else {
                     let w = decode::<D, CODES>(at);
                     for (n, sums) in sums.iter_mut().enumerate() {
+                        let sums = &mut sums[0];
                         // Two chains while registers last: a product's latency is that of several.
                         let chains = if N <= 2 { 2 } else { 1 };
                         for (i, w) in w.chunks_exact(8 / chains).enumerate() {
@@ -424,26 +459,31 @@ pub(crate) unsafe fn flat<D: Dot, const CODES: u8, const SCALE: u8, const UNITS:
                     }
                 }
             }
-            if chunk == 0 && SCALE != TENSOR {
-                prefetch::<D>(scales, 1);
-            }
-            let d = scale::<D, SCALE>(args, scales, chunk);
-            for (n, sums) in sums.iter().enumerate() {
-                let at = (args.first + j + n) * groups + g;
-                let sum = if placed { placed_total::<D>(sums, width(CODES)) } else { D::add(sums[0], sums[1]) };
-                finish::<D, SCALE>(args, d, scales, chunk, at, sum, &mut acc[n][chunk]);
+            for t in 0..T {
+                let scales = scales.add(t * tile_bytes);
+                if chunk == 0 && SCALE != TENSOR {
+                    prefetch_over::<D, T>(scales, 1, skip);
+                }
+                let d = scale::<D, SCALE>(args, scales, chunk);
+                for (n, sums) in sums.iter().enumerate() {
+                    let sums = &sums[t];
+                    let at = (args.first + j + n) * groups + g;
+                    let sum = if placed { placed_total::<D>(sums, width(CODES)) } else { D::add(sums[0], sums[1]) };
+                    finish::<D, SCALE>(args, d, scales, chunk, at, sum, &mut acc[n][chunk + t]);
+                }
             }
         }
     }
-    store::<D, N>(&acc, j, out);
+    store::<D, N>(&acc, T, j, out);
 }
 
 /// Which partial sum a field of a word is added to: `placed_total` wants those of field f at f and at 4 + f, or with eight
-/// fields at f.
+/// fields at f. Two of a tile's are chains enough where there are two tiles.
 #[inline(always)]
-const fn sum_of(codes: u8, word: usize, field: usize) -> usize {
+const fn sum_of(codes: u8, tiles: usize, word: usize, field: usize) -> usize {
     match codes {
         1 => field,
+        _ if tiles > 1 => field,
         _ => field + 4 * (word % 2),
     }
 }
@@ -501,9 +541,9 @@ unsafe fn finish<D: Dot, const SCALE: u8>(
 }
 
 #[inline(always)]
-unsafe fn store<D: Dot, const N: usize>(acc: &[[D::Float; CHUNKS]; N], j: usize, out: &mut TileOut) {
+unsafe fn store<D: Dot, const N: usize>(acc: &[[D::Float; CHUNKS]; N], tiles: usize, j: usize, out: &mut TileOut) {
     for (n, acc) in acc.iter().enumerate() {
-        for (chunk, &acc) in acc.iter().enumerate().take(FIELD_TILE / D::LANES) {
+        for (chunk, &acc) in acc.iter().enumerate().take(tiles * FIELD_TILE / D::LANES) {
             D::store(acc, out[j + n].as_mut_ptr().add(chunk * D::LANES));
         }
     }
@@ -552,7 +592,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
 ) {
     let groups = check(args, j, N);
     let size = 256;
-    assert!(args.form.group as usize == size);
+    assert!(args.form.group as usize == size && args.tiles == 1);
     let (subs, words) = (size / sub(SCALE), sub_words(SCALE));
     let group_bytes = (words + 8 * width(CODES)) * WORD + scale_bytes(SCALE);
     assert!(group_bytes == args.form.group_tile_bytes());
@@ -582,8 +622,8 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
                 other: [D::splat(0); N],
             };
             if chunk == 0 {
-                prefetch::<D>(group, words);
-                prefetch::<D>(scales, scale_bytes(SCALE).div_ceil(WORD));
+                prefetch::<D, 1>(group, words);
+                prefetch::<D, 1>(scales, scale_bytes(SCALE).div_ceil(WORD));
             }
             quad::<D, CODES, SCALE, N, 0>(&mut sums);
             quad::<D, CODES, SCALE, N, 1>(&mut sums);
@@ -612,7 +652,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
             }
         }
     }
-    store::<D, N>(&acc, j, out);
+    store::<D, N>(&acc, 1, j, out);
 }
 
 /// k of a sub.
@@ -674,7 +714,7 @@ unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T
             let index = (4 * T + 2 * pair) * sub(SCALE) / UNIT + unit;
             let at = sums.units.add(index * unit_bytes);
             if sums.is_first {
-                prefetch::<D>(at, width(CODES));
+                prefetch::<D, 1>(at, width(CODES));
             }
             if narrow && sub(SCALE) == 16 {
                 let w = decode::<D, CODES>(at);
@@ -764,7 +804,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
     let size = if SIZE > 0 { SIZE } else { args.form.group as usize };
     let words = size.div_ceil(20);
     let group_bytes = words * WORD + scale_bytes(F16);
-    assert!(size == args.form.group as usize && group_bytes == args.form.group_tile_bytes());
+    assert!(size == args.form.group as usize && group_bytes == args.form.group_tile_bytes() && args.tiles == 1);
     let offset = match args.form.values {
         Values::Offset(offset) => offset as i32,
         _ => 0,
@@ -782,7 +822,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
             for word in 0..words {
                 let at = group.add(word * WORD);
                 if chunk == 0 {
-                    prefetch::<D>(at, 1);
+                    prefetch::<D, 1>(at, 1);
                 }
                 let w = D::load(at.add(chunk * D::LANES * 4));
                 let a = args.codes.as_ptr().add((args.first + j) * args.k + g * size + 20 * word);
@@ -803,7 +843,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
                 }
             }
             if chunk == 0 {
-                prefetch::<D>(group.add(words * WORD), 1);
+                prefetch::<D, 1>(group.add(words * WORD), 1);
             }
             let scales = group.add(words * WORD);
             let d = D::load_half(scales.add(2 * D::LANES * chunk));
@@ -821,7 +861,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
             }
         }
     }
-    store::<D, N>(&acc, j, out);
+    store::<D, N>(&acc, 1, j, out);
 }
 
 /// Runs a kernel for `count` rows, 8, 4, 2 or 1 at a time.
@@ -853,7 +893,11 @@ macro_rules! dot_kernels {
             args: &TileArgs,
             out: &mut TileOut,
         ) {
-            $crate::arch::dot::batched!(args, out, flat, CODES, SCALE, UNITS);
+            if <Set as $crate::arch::dot::Dot>::TILES == 2 && UNITS == 1 && args.tiles == 2 {
+                $crate::arch::dot::batched!(args, out, flat, CODES, SCALE, UNITS, 2);
+            } else {
+                $crate::arch::dot::batched!(args, out, flat, CODES, SCALE, UNITS, 1);
+            }
         }
 
         /// # Safety
@@ -875,16 +919,19 @@ macro_rules! dot_kernels {
 }
 pub(crate) use dot_kernels;
 
-/// Defines a function of this name: the kernels for a form of fields or of these trits, `dot_kernels`' behind others.
+/// Defines a function of this name: the kernels for a form of fields or of these trits, `dot_kernels!` of the set behind others.
 macro_rules! dot_table {
-    ($name:ident, $trits:pat $(, $first:expr)*) => {
+    ($name:ident, $set:ty, $trits:pat $(, $first:expr)*) => {
         fn $name(form: PackedForm) -> &'static [Variant] {
             use $crate::arch::dot::{E8M0, F16, F16_MIN, F16_ZERO4, F16_ZERO8, F32_ZERO4, F32_ZERO8, TENSOR};
             use $crate::arch::dot::{IQ1, IQ2, IQ3_S, IQ3_XXS, IQ4_NL, MXFP4};
             use $crate::arch::dot::{SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8};
             use $crate::pack::{Codes, ScaleKind as S, Values};
             const fn dot(tile: $crate::matmul::TileKernel) -> Variant {
-                Variant { name: "dot", tile, widths: &[8, 4, 2, 1], tables: false }
+                Variant { name: "dot", tile, tiles: 1, widths: &[8, 4, 2, 1], tables: false }
+            }
+            const fn pair(tile: $crate::matmul::TileKernel) -> Variant {
+                Variant { tiles: <$set as $crate::arch::dot::Dot>::TILES, ..dot(tile) }
             }
             match (form.codes, form.values, form.scale, form.group) {
                 (Codes::Fields(1), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<1, F16_MIN, 0>)] },
@@ -894,9 +941,9 @@ macro_rules! dot_table {
                 (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[$($first,)* dot(nested::<2, SUB4_MIN>)] },
                 (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<3, F16_MIN, 0>)] },
                 (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[$($first,)* dot(nested::<3, SUB6>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<4, F16, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[$($first,)* pair(flat::<4, F16, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(flat::<4, F16, 0>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* dot(flat::<4, F16_MIN, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* pair(flat::<4, F16_MIN, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<4, F16_MIN, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<4, SUB6_MIN>)] },
                 (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ1, SUB6_OF_32>)] },
@@ -906,10 +953,10 @@ macro_rules! dot_table {
                 (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_XXS, SUB6_OF_32>)] },
                 (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_S, SUB6_OF_32>)] },
                 (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ4_NL, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[$($first,)* dot(flat::<IQ4_NL, F16, 1>)] },
-                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[$($first,)* dot(flat::<MXFP4, E8M0, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<5, F16, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* dot(flat::<5, F16_MIN, 1>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[$($first,)* pair(flat::<IQ4_NL, F16, 1>)] },
+                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[$($first,)* pair(flat::<MXFP4, E8M0, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[$($first,)* pair(flat::<5, F16, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* pair(flat::<5, F16_MIN, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<5, SUB6_MIN>)] },
                 (Codes::Fields(2), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<2, F16_ZERO4, 0>)] },
                 (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<3, F16_ZERO4, 0>)] },
@@ -920,7 +967,7 @@ macro_rules! dot_table {
                 (Codes::Fields(4), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<4, F32_ZERO4, 0>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F32Zero8, _) => const { &[$($first,)* dot(flat::<8, F32_ZERO8, 0>)] },
                 (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[$($first,)* dot(nested::<6, SUB8>)] },
-                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$($first,)* dot(flat::<8, F16, 1>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$($first,)* pair(flat::<8, F16, 1>)] },
                 ($trits, Values::Offset(_), S::F16, 256) => const { &[$($first,)* dot(trits::<256>)] },
                 ($trits, Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(trits::<0>)] },
                 _ => &[],

@@ -357,7 +357,12 @@ impl PackedMatrix {
     }
 
     pub(crate) fn tile(&self, index: usize) -> &[u8] {
-        &self.data[index * self.tile_bytes..][..self.tile_bytes]
+        self.tiles_from(index, 1)
+    }
+
+    /// Tiles `index .. + count`.
+    pub(crate) fn tiles_from(&self, index: usize, count: usize) -> &[u8] {
+        &self.data[index * self.tile_bytes..][..count * self.tile_bytes]
     }
 
     /// The weights of a row, with the bits that `dequantize` gives. Panics if `row` or the length of `out` is wrong.

@@ -37,4 +37,4 @@ fn variants(form: PackedForm) -> &'static [Variant] {
 }
 
 dot_kernels!(neon::Rows<true>, "neon,dotprod");
-dot_table!(dot_variants, Codes::Trits);
+dot_table!(dot_variants, neon::Rows<true>, Codes::Trits);

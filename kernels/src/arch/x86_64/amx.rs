@@ -51,7 +51,7 @@ fn is_permitted() -> bool {
 
 static KERNELS: Kernels = Kernels { isa: Isa::Amx, variants, ..avx512::SET };
 
-const TILES: Variant = Variant { name: "tiles", tile, widths: &[BATCH, 32, 16], tables: false };
+const TILES: Variant = Variant { name: "tiles", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false };
 
 fn variants(form: PackedForm) -> &'static [Variant] {
     match decoder(form) {
@@ -60,7 +60,7 @@ fn variants(form: PackedForm) -> &'static [Variant] {
     }
 }
 
-dot_table!(with_tiles, Codes::IndexedTrits, TILES);
+dot_table!(with_tiles, Rows, Codes::IndexedTrits, TILES);
 
 /// k that are decoded at once: no group is larger.
 const CHUNK: usize = 256;
@@ -152,7 +152,7 @@ unsafe fn decode_flat<const CODES: u8, const SCALE: u8>(
     let offset = offset(args.form);
     for unit in 0..units {
         let at = group.add(unit * dot::width(CODES) * WORD);
-        dot::prefetch::<Rows>(at, dot::width(CODES));
+        dot::prefetch::<Rows, 1>(at, dot::width(CODES));
         let codes = dot::decode::<Rows, CODES>(at);
         for i in 0..8 {
             let line = (g * units + unit) * 8 + i;
@@ -165,7 +165,7 @@ unsafe fn decode_flat<const CODES: u8, const SCALE: u8>(
 /// Scales and minima of a group, which are at `scales`.
 #[inline(always)]
 unsafe fn decode_scales<const SCALE: u8>(args: &TileArgs, scales: *const u8, g: usize, operand: *mut Operand) {
-    dot::prefetch::<Rows>(scales, 1);
+    dot::prefetch::<Rows, 1>(scales, 1);
     (*operand).scales[g] = dot::scale::<Rows, SCALE>(args, scales, 0);
     if SCALE == dot::F16_MIN || dot::has_sub_minima(SCALE) {
         (*operand).minima[g] = Rows::load_half(scales.add(2 * FIELD_TILE));
@@ -182,7 +182,7 @@ unsafe fn decode_trits(args: &TileArgs, group: *const u8, g: usize, operand: *mu
     let offset = offset(args.form);
     for word in 0..words {
         let at = group.add(word * WORD);
-        dot::prefetch::<Rows>(at, 1);
+        dot::prefetch::<Rows, 1>(at, 1);
         let digits = Rows::digits(Rows::load(at));
         // The last word's digits beyond the group have no place.
         for i in 0..5.min(lines - 5 * word) {
@@ -204,7 +204,7 @@ unsafe fn decode_nested<const CODES: u8, const SCALE: u8>(
 ) {
     let (sub, words) = (dot::sub(SCALE), dot::sub_words(SCALE));
     let offset = offset(args.form);
-    dot::prefetch::<Rows>(group, words);
+    dot::prefetch::<Rows, 1>(group, words);
     for quad in 0..CHUNK / sub / 4 {
         let (s, m) = dot::sub_scales::<Rows, SCALE>(group, quad);
         if dot::has_sub_minima(SCALE) {
@@ -216,7 +216,7 @@ unsafe fn decode_nested<const CODES: u8, const SCALE: u8>(
         for unit in 0..4 * sub / UNIT {
             let index = quad * 4 * sub / UNIT + unit;
             let at = group.add((words + index * dot::width(CODES)) * WORD);
-            dot::prefetch::<Rows>(at, dot::width(CODES));
+            dot::prefetch::<Rows, 1>(at, dot::width(CODES));
             let codes = dot::decode::<Rows, CODES>(at);
             for i in 0..8 {
                 let scale = scales[(unit * UNIT + 4 * i) / sub];

@@ -54,7 +54,7 @@ pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
 }
 
 dot_kernels!(Rows, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c");
-dot_table!(dot_variants, Codes::IndexedTrits);
+dot_table!(dot_variants, Rows, Codes::IndexedTrits);
 
 /// # Safety
 ///
@@ -168,6 +168,7 @@ impl Dot for Rows {
     const SIGNED_BIAS: i32 = 128;
     const PLACED: bool = true;
     const PAIRS: bool = true;
+    const TILES: usize = 2;
 
     #[inline(always)]
     unsafe fn splat(value: i32) -> __m512i {
@@ -306,6 +307,12 @@ impl Dot for Rows {
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         _mm_prefetch::<_MM_HINT_T1>(from.cast());
+    }
+    /// Into the first-level cache. One request alone does not do: early enough for memory it would fill that cache and its
+    /// few buffers for lines to come.
+    #[inline(always)]
+    unsafe fn prefetch_near(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
     }
     #[inline(always)]
     unsafe fn store(a: __m512, to: *mut f32) {
