@@ -321,6 +321,32 @@ test("a mixture in several files, whose description exceeds a message: each work
   assert(!existsSync(site.fetched("b")), "it has its own");
 });
 
+test("a GGUF in three files: workers without them get their layers' chunks of each", async () => {
+  await using site = await Site.create("model-00001-of-00003.gguf", (path) => {
+    const { metadata, tensors } = syntheticLlama({ layers: LAYERS, embedding: 256, feedForward: 1024 });
+    for (const [no, at] of [0, 1, 2].entries()) {
+      const own = tensors.filter((_, i) => Math.floor(3 * i / tensors.length) === at);
+      const split: typeof metadata = [
+        ["split.no", { u32: no }],
+        ["split.count", { u32: 3 }],
+        ["split.tensors.count", { u32: tensors.length }],
+      ];
+      const name = path.replace("00001", `0000${no + 1}`);
+      writeFileSync(name, writeGguf([...(no === 0 ? metadata : []), ...split], own));
+    }
+  });
+  assert.equal(site.paths.length, 3);
+  const right = await expected(site.path);
+  await site.offer();
+  site.work("a");
+  site.work("b");
+  const engine = await site.serve({ workers: 2, shards: 2 });
+  assert.deepEqual(await answers(engine), right);
+  const { stages } = engine.stats();
+  assert.equal(site.total, stages.reduce((sum, { first, end }) => sum + site.share(first, end).length, 0));
+  assert(stages.every(({ first, end }) => site.share(first, end).length < 0.6 * site.manifest.chunks));
+});
+
 test("a transfer goes on where the worker, the source or the server was killed; damage is found and mended", async () => {
   await using site = await Site.create();
   const right = await expected(site.path);

@@ -18,6 +18,8 @@ const ONES: Readonly<Record<number, readonly number[]>> = {
   1: [0, 0x3c], // F16
   30: [0x80, 0x3f], // BF16
 };
+/** Longer than any norm or bias, in bytes. */
+const MOST_ONES = 1 << 22;
 const GREEDY = {
   ...{ temperature: 0, topK: 0, topP: 1, minP: 0, repeatPenalty: 1, presencePenalty: 0, frequencyPenalty: 0 },
   ...{ penaltyLastN: 0, promptLength: 1, seed: 0n, logitBias: new Map<number, number>() },
@@ -67,7 +69,7 @@ async function writeBlank(path: string, shard: Shard, most: number): Promise<voi
     await file.truncate(size);
     for (const { type, shape, offset, bytes } of tensors) {
       const one = shape.length === 1 ? ONES[type] : undefined;
-      if (one === undefined) continue;
+      if (one === undefined || bytes > MOST_ONES) continue;
       const data = Uint8Array.from({ length: bytes }, (_, i) => one[i % one.length]!);
       await file.write(data, 0, bytes, offset);
     }
