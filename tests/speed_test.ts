@@ -17,6 +17,7 @@ for (
   const name of [
     "architectures/bitnet-b1.58-I2_S.gguf",
     "folders/gptq-4-act-order",
+    "folders/awq-group-48-f32",
     "folders/bitnet",
     "architectures/qwen3moe.gguf",
     "architectures/phi3-longrope.gguf",
