@@ -77,7 +77,10 @@ export function storedBytes({ shape, bytes, rows, layout }: TensorRef): number {
   return rows === undefined ? all : all / rows.of * (shape[1] ?? 1);
 }
 
-/** Bytes of a tensor's rows in blocks that the kernels pack, at most. */
+/**
+ * Bytes of a tensor's rows in blocks that the kernels pack, at most. An f16 is taken to hold every scale in BF16, as it nearly
+ * always does.
+ */
 export function tensorBytes(tensor: TensorRef): number {
   const { shape, layout } = tensor;
   switch (layout?.kind) {

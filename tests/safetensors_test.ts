@@ -5,7 +5,7 @@ import { KernelError, loadKernels } from "../worker/mod.ts";
 import { argmax, maxDifference, relativeError, sameBits, startCluster } from "./cluster.ts";
 import { fixture } from "./data.ts";
 import { randomNumbers } from "./gguf_writer.ts";
-import { shardOf } from "../orchestrator/mod.ts";
+import { modelCost, shardOf, wholeBytes } from "../orchestrator/mod.ts";
 import { shardSchema } from "../bus/mod.ts";
 import { writeModelFolder, writeSafetensors } from "./safetensors_writer.ts";
 
@@ -172,6 +172,29 @@ Deno.test("loadModel: a quantised folder in another layout is refused by its nam
       /small or odd groups \(7, the first is blk\.0\.\w+\.weight\) take [\d.]+ MB of memory, [\d.]+ MB in/,
     );
   }));
+
+for (const { name } of quantised) {
+  Deno.test(`modelCost: ${name} takes no more memory than placement reckons with`, () =>
+    withFolder(async (folder) => {
+      for (const file of ["config.json", "model.safetensors"]) {
+        Deno.copyFileSync(fixture(`folders/${name}/${file}`), join(folder, file));
+      }
+      Deno.copyFileSync(fixture("tokenizers/llama3.json"), join(folder, "tokenizer.json"));
+      const { description, path } = await loadModel(folder);
+      const [first, end] = [0, description.hyper.layers];
+      const settings = { path, kv: { type: "f16" as const, tokens: 32 }, maxBatch: 4, context: 32 };
+      const handle = await loadKernels().openShard(shardOf(description, { first, end }, settings), {
+        threads: 1,
+        isa: null,
+      });
+      const { weightBytes } = handle.stats();
+      handle.close();
+      const reckoned = wholeBytes(modelCost(description, { type: "f16", tokens: 0 }));
+      // Scales that no f16 holds are not foreseen in BF16: 2 bytes for 32 weights.
+      const most = reckoned * (name.includes("bf16") ? 1.1 : 1);
+      assert.ok(weightBytes <= most && weightBytes > reckoned * 0.8, `${weightBytes} bytes, reckoned with ${reckoned}`);
+    }));
+}
 
 Deno.test("loadModel: a config.json with any value anywhere loads into the kernels, or is refused with an error of its kind", () =>
   withFolder(async (folder) => {
