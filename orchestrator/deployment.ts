@@ -1,6 +1,6 @@
 import { BusError, clusterSubjects, controlReplySchema, decodeJson, encodeJson } from "../bus/mod.ts";
 import type { Bus, Hello, Loading, Shard, Stage, Subscription, WeightsRef } from "../bus/mod.ts";
-import { ClusterError, LoadError } from "./errors.ts";
+import { BusAwayError, ClusterError, LoadError } from "./errors.ts";
 import { hangs } from "./membership.ts";
 import type { Membership } from "./membership.ts";
 import { LONGEST_MS } from "./longest.ts";
@@ -16,9 +16,10 @@ export interface DeviceShare {
   /**
    * Takes devices, instead of those it had, and says how the model lies on them.
    *
+   * @param anew Not as before, though that could be.
    * @throws {PlacementError} when it does not fit those that nobody else has.
    */
-  claim(): Replica;
+  claim(anew: boolean): Replica;
   /** Gives them up. */
   release(): void;
   /** How the model would lie, once or several times, on its devices and those that nobody has, if that were worth a change. */
@@ -116,6 +117,8 @@ export class Deployment {
   #recoveries = 0;
   #lastRecoveryMs: number | null = null;
   #replanSince: number | undefined;
+  /** Whether the next placement is to be another one. */
+  #anew = false;
   /** While a placement is loaded, or its weights are fetched ahead: how far each worker is, and since when no further. */
   #loading: LoadingWorkers | undefined;
   /** While the weights of another placement are fetched: its workers, whether it is for a loss only, and what ends it. */
@@ -126,7 +129,7 @@ export class Deployment {
   constructor(options: DeploymentOptions) {
     this.#options = options;
     this.#watching = options.bus.watch((state) => {
-      if (state === "connected") this.#trouble?.(new ClusterError("the bus was away: messages may be lost"));
+      if (state === "connected") this.#trouble?.(new BusAwayError());
     });
     this.#ready.promise.catch(() => {});
     // Its owner knows it before it asks for anything.
@@ -299,7 +302,8 @@ export class Deployment {
 
   async #load(since: number | undefined): Promise<Pipeline> {
     const { bus, cluster, orchestrator, membership, devices, shardOf, weights, stepTimeoutMs } = this.#options;
-    const placement = devices.claim();
+    const placement = devices.claim(this.#anew);
+    this.#anew = false;
     if (this.#state === "waiting" || this.#state === "unavailable") {
       this.#set("loading", "workers are loading the model");
     }
@@ -449,6 +453,7 @@ export class Deployment {
     if (better === undefined || !this.#ahead(better)) return undefined;
     this.#replanSince ??= performance.now();
     if (!idle() && performance.now() - this.#replanSince < REPLAN_MS) return undefined;
+    this.#anew = true;
     return new ClusterError("more workers make it faster");
   }
 

@@ -40,6 +40,15 @@ export class ClusterError extends OrchestratorError {
   override name = "ClusterError";
 }
 
+/** The bus was away: messages that were on their way may be lost. */
+export class BusAwayError extends ClusterError {
+  override name = "BusAwayError";
+
+  constructor() {
+    super("the bus was away: messages may be lost");
+  }
+}
+
 /** Workers are loading the model. */
 export class LoadingError extends ClusterError {
   override name = "LoadingError";

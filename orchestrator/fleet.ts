@@ -2,7 +2,7 @@ import { BusError } from "../bus/mod.ts";
 import type { Bus, Hello, Shard, StageStatus, WeightsRef } from "../bus/mod.ts";
 import { Deployment } from "./deployment.ts";
 import type { DeploymentState, DeviceShare, WorkerLoading } from "./deployment.ts";
-import { ClusterError, PlacementError, QueueFullError } from "./errors.ts";
+import { BusAwayError, ClusterError, PlacementError, QueueFullError } from "./errors.ts";
 import type { LoadError } from "./errors.ts";
 import { hangs, Membership } from "./membership.ts";
 import type { Pipeline, StepRunner } from "./pipeline.ts";
@@ -60,8 +60,9 @@ interface Member {
   readonly scheduler: Scheduler;
   /** What it has taken; empty while it has nothing. */
   claimed: Replica;
-  /** What it is to take first. */
+  /** What it is to take first, and what it had when it served last. */
   reserved: Replica | undefined;
+  last: Replica | undefined;
   /** Seconds for a token of one stream, and of the slowest stage. */
   oneSeconds: number;
   stageSeconds: number;
@@ -274,7 +275,7 @@ export class Fleet {
     const scheduler = new Scheduler(NO_RUNNER, this.#options.scheduler);
     scheduler.pause();
     const devices: DeviceShare = {
-      claim: () => this.#claim(member),
+      claim: (anew) => this.#claim(member, anew),
       release: () => this.#release(member),
       better: () => this.#better(member),
       without: (worker) => this.#placed(this.#candidates(member).filter(({ id }) => id !== worker))[0],
@@ -284,7 +285,7 @@ export class Fleet {
     };
     const member: Member = {
       scheduler,
-      ...{ claimed: reserved ?? [], reserved, oneSeconds: 0, stageSeconds: 0 },
+      ...{ claimed: reserved ?? [], reserved, last: undefined, oneSeconds: 0, stageSeconds: 0 },
       deployment: new Deployment({
         ...{ bus, cluster, shardOf, standby, unload, log },
         patient: patient || gather === undefined,
@@ -296,10 +297,10 @@ export class Fleet {
         ...(weights === undefined ? {} : { weights }),
         heartbeats: lostMs !== undefined,
         idle: () => scheduler.load.jobs === 0,
-        onDown: () => {
+        onDown: (reason) => {
           scheduler.pause();
           this.#release(member);
-          this.#handOver();
+          this.#handOver(reason instanceof BusAwayError ? undefined : member);
         },
         onUp: (pipeline) => this.#onUp(member, pipeline),
         onUnavailable: (reason) => scheduler.abort(reason),
@@ -311,7 +312,9 @@ export class Fleet {
     return member;
   }
 
-  #onUp({ deployment, scheduler }: Member, pipeline: Pipeline): void {
+  #onUp(member: Member, pipeline: Pipeline): void {
+    const { deployment, scheduler } = member;
+    member.last = member.claimed;
     scheduler.replace(pipeline);
     this.#lastRecoveryMs = deployment.recoveries.lastMs ?? this.#lastRecoveryMs;
     for (const id of pipeline.workers) this.#suspects.delete(id);
@@ -351,14 +354,18 @@ export class Fleet {
 
   // Jobs.
 
-  /** Brings the jobs of replicas that cannot go on to those that serve, if any does. */
-  #handOver(): void {
+  /**
+   * Brings the jobs of replicas that cannot go on to those that serve, if any does.
+   *
+   * @param lost The one that was lost just then, perhaps for one of its jobs.
+   */
+  #handOver(lost?: Member): void {
     if (!this.#members.some(({ deployment }) => deployment.state === "serving")) return;
-    for (const { deployment, scheduler } of this.#members) {
-      if (deployment.state === "serving") continue;
-      const handed = scheduler.handOver();
+    for (const member of this.#members) {
+      if (member.deployment.state === "serving") continue;
+      const handed = member.scheduler.handOver();
       if (handed.length > 0) this.#options.log(`${handed.length} requests go on with another replica`);
-      this.#route(handed.filter((one) => this.#mayGoOn(one)));
+      this.#route(member === lost ? handed.filter((one) => this.#mayGoOn(one)) : handed);
     }
   }
 
@@ -448,11 +455,12 @@ export class Fleet {
     return found;
   }
 
-  #claim(member: Member): Replica {
+  #claim(member: Member, anew: boolean): Replica {
     const candidates = this.#candidates(member);
     const others = this.#members.filter((other) => other !== member && other.claimed.length > 0);
     if (candidates.length === 0 && others.length > 0) throw new PlacementError("its devices are lost or leave");
-    let replica = member.reserved ?? this.#former.shift();
+    // Whose layers are loaded still goes on at once; others may do better later.
+    let replica = member.reserved ?? (anew ? undefined : member.last) ?? this.#former.shift();
     member.reserved = undefined;
     if (replica === undefined || !isOn(replica, candidates)) {
       try {

@@ -289,6 +289,25 @@ test("a lost message is one replica's affair", async (site) => {
   assert.deepEqual([...site.kernels.values()].map(({ shards }) => shards.length), [1, 1], "layers were loaded anew");
 });
 
+test("after a lost message it goes on at once where its layers are, whoever has come meanwhile", async (site) => {
+  const half = { memoryBytes: Math.floor(4.5 * LAYER_BYTES), bandwidthGBps: 1e-9 };
+  for (const id of ["a", "b"]) await site.work(id, half);
+  const engine = await site.serve({ workers: 2, lostMs: 60_000 });
+  const opened = () => ["a", "b"].map((id) => site.kernels.get(id)!.shards.length);
+  const publish = site.bus.publish.bind(site.bus);
+  let lose = 0;
+  site.bus.publish = (subject, data, options) => {
+    if (!/results$/.test(subject) || --lose !== 0) publish(subject, data, options);
+  };
+  const running = answer(engine, requests(4, 60), 20, () => lose = 40);
+  await site.work("c", half); // with it the layers would lie otherwise
+  await settled(() => engine.clusterStatus().recoveries > 0);
+  assert.deepEqual([replicas(engine), opened()], [["a,b"], [1, 1]], "layers were loaded anew");
+  await running;
+  await settled(() => replicas(engine).join() === "a,b,c"); // when nothing runs
+  await answer(engine, requests(4, 10));
+});
+
 test("boards that hold the model only together are one replica beside one that holds it alone; another finds its place when nothing runs", async (site) => {
   const half = { memoryBytes: Math.floor(4.5 * LAYER_BYTES), bandwidthGBps: 1e-9 };
   for (const id of ["a", "b"]) await site.work(id, half);
