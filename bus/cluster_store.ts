@@ -162,9 +162,10 @@ export class NatsClusterStore implements ClusterStore {
 
   members(): Promise<string[]> {
     return this.#live(async (kv) => {
-      const ids: string[] = [];
-      for await (const key of await kv.keys("member.*")) ids.push(key.slice("member.".length));
-      return ids.sort();
+      // A key that is renewed meanwhile is listed again.
+      const ids = new Set<string>();
+      for await (const key of await kv.keys("member.*")) ids.add(key.slice("member.".length));
+      return [...ids].sort();
     });
   }
 
