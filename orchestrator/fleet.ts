@@ -63,9 +63,6 @@ interface Member {
   /** What it is to take first, and what it had when it served last. */
   reserved: Replica | undefined;
   last: Replica | undefined;
-  /** Seconds for a token of one stream, and of the slowest stage. */
-  oneSeconds: number;
-  stageSeconds: number;
 }
 
 /** How a replica does. */
@@ -285,7 +282,7 @@ export class Fleet {
     };
     const member: Member = {
       scheduler,
-      ...{ claimed: reserved ?? [], reserved, last: undefined, oneSeconds: 0, stageSeconds: 0 },
+      ...{ claimed: reserved ?? [], reserved, last: undefined },
       deployment: new Deployment({
         ...{ bus, cluster, shardOf, standby, unload, log },
         patient: patient || gather === undefined,
@@ -388,7 +385,14 @@ export class Fleet {
   #byFinish(job: Job): Member[] {
     const serving = this.#members.filter(({ deployment }) => deployment.state === "serving");
     if (serving.length === 0) return [this.#foremost]; // it waits
-    const finish = new Map(serving.map((member) => [member, this.#seconds(member, job)]));
+    const { membership, telemetry } = this;
+    // As they are now, not as placement, which shall not change for little, has them; a lost one is about to be noticed.
+    const devices = membership.workers.map((hello) =>
+      deviceOf(hello, this.#options.probe, telemetry.shortest(hello.id))
+    );
+    const finish = new Map(
+      serving.map((member) => [member, isOn(member.claimed, devices) ? this.#seconds(member, devices, job) : Infinity]),
+    );
     return serving.sort((a, b) => finish.get(a)! - finish.get(b)!);
   }
 
@@ -396,13 +400,15 @@ export class Fleet {
    * Seconds until a replica would have finished a job: the prompts before it and its own, without what is in the KV cache already,
    * then its answer beside those of the others.
    */
-  #seconds({ scheduler, claimed, oneSeconds, stageSeconds }: Member, job: Job): number {
+  #seconds({ scheduler, claimed }: Member, devices: readonly Device[], job: Job): number {
+    const { oneStream, manyStreams } = predict(this.#options.cost, devices, claimed);
     const { jobs, promptTokens } = scheduler.load;
     const prompt = promptTokens + job.tokens.length - scheduler.reusable(job);
     const answer = Math.min(ANSWER_TOKENS, (job.most ?? Infinity) - job.tokens.length);
     // As many streams as stages find one each, all others share micro-batches.
-    const turn = oneSeconds + Math.max(0, jobs + 1 - claimed.length) * TOGETHER * stageSeconds;
-    return prompt * TOGETHER * stageSeconds + answer * turn;
+    const { length: stages } = claimed;
+    const turn = (1 + TOGETHER * Math.max(0, jobs + 1 - stages) / stages) / oneStream;
+    return prompt * TOGETHER / manyStreams + answer * turn;
   }
 
   // Devices.
@@ -475,8 +481,6 @@ export class Fleet {
       }
     }
     member.claimed = replica;
-    const { oneStream, manyStreams } = predict(this.#options.cost, this.#devices(), replica);
-    [member.oneSeconds, member.stageSeconds] = [1 / oneStream, 1 / manyStreams];
     queueMicrotask(() => this.#spread());
     return replica;
   }
