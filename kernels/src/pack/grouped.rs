@@ -294,7 +294,7 @@ mod tests {
         let formats = [2, 3, 4, 8].into_iter().flat_map(|bits| [0, 1].map(|zero| Format::Gptq { bits, zero }));
         for format in formats.chain([Format::Awq]) {
             let bits = format.bits();
-            const SHAPES: [(usize, usize, usize); 11] = [
+            const SHAPES: [(usize, usize, usize); 13] = [
                 (32, 32, 32),
                 (64, 192, 64),
                 (96, 256, 256),
@@ -306,8 +306,13 @@ mod tests {
                 (64, 160, 24),
                 (32, 288, 127),
                 (32, 32, 1),
+                // Rows of no whole 32 columns: codes of 3 bits cannot have them.
+                (32, 48, 20),
+                (32, 80, 80),
             ];
-            for (rows, cols, size) in SHAPES {
+            for (rows, cols, size) in
+                SHAPES.into_iter().filter(|&(rows, cols, _)| format.code_bytes(rows, cols).is_some())
+            {
                 for (act_order, wide) in [(false, false), (true, false), (false, true), (true, true)] {
                     let count = cols.div_ceil(size);
                     let mut groups: Vec<u32> = (0..cols).map(|k| (k / size) as u32).collect();
