@@ -1,7 +1,7 @@
 //! Causal grouped-query attention of a micro-batch over the KV cache: how it is divided into work.
 //!
 //! A piece of work is one KV head and a tile of neighbouring tokens of a sequence: keys and values are read once for all of
-//! the tile's tokens and heads. Where there are few such pieces, each is divided into ranges of positions, which are
+//! the tile's tokens and heads. Where there are few such pieces, each is divided by ranges of positions, which are
 //! always computed by themselves and merged in order (`ops::attention`). So how work is divided does not show in the result.
 
 use crate::dispatch::Kernels;
@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Query rows (tokens × heads) of a tile, if a token has not more.
 const TILE_ROWS: usize = 32;
-/// Pieces of work per thread below which ranges are computed apart.
-const FEW: usize = 4;
+/// Pieces of work that each thread should have: fewer are divided, each into neighbouring ranges.
+const PIECES: usize = 4;
 
 /// What queries attend to.
 #[derive(Clone, Copy)]
@@ -38,7 +38,7 @@ struct Piece {
     rows: Range<usize>,
     head: usize,
     ranges: Range<usize>,
-    /// Place of the result among partial results; `None` if all ranges are here.
+    /// Place of the ranges' results among partial results, one after the other; `None` if all ranges are here.
     partial: Option<usize>,
 }
 
@@ -74,7 +74,8 @@ pub fn attend(
     assert!(q.len() == rows.len() * wide && out.len() == q.len() && wide > 0 && wide % (kv_heads * dim) == 0);
     let group = wide / (kv_heads * dim);
     let tiles = tiles(rows, (TILE_ROWS / group).max(1));
-    let split = pool.threads() > 1 && tiles.len() * kv_heads < FEW * pool.threads();
+    let pieces_wanted = PIECES * pool.threads();
+    let split = pool.threads() > 1 && tiles.len() * kv_heads < pieces_wanted;
     let mut pieces = Vec::new();
     let mut len = 0;
     // The longest first.
@@ -82,9 +83,11 @@ pub fn attend(
         let seen = past.visible(rows[tile.start].1).start / RANGE..(rows[tile.end - 1].1 + 1).div_ceil(RANGE);
         for head in 0..kv_heads {
             if split && seen.len() > 1 {
-                for range in seen.clone() {
-                    pieces.push(Piece { rows: tile.clone(), head, ranges: range..range + 1, partial: Some(len) });
-                    len += partial_len(tile.len() * group, dim);
+                let some = seen.len().div_ceil(pieces_wanted.div_ceil(tiles.len() * kv_heads));
+                for first in seen.clone().step_by(some) {
+                    let ranges = first..seen.end.min(first + some);
+                    pieces.push(Piece { rows: tile.clone(), head, ranges: ranges.clone(), partial: Some(len) });
+                    len += ranges.len() * partial_len(tile.len() * group, dim);
                 }
             } else {
                 pieces.push(Piece { rows: tile.clone(), head, ranges: seen.clone(), partial: None });
@@ -98,12 +101,30 @@ pub fn attend(
         thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
         SCRATCH.with_borrow_mut(|scratch| {
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                past.compute(ks, piece, rows, q, wide, scratch);
+                let size = partial_len(piece.rows.len() * group, dim);
                 match piece.partial {
-                    // SAFETY: pieces have places of their own, within the length just set.
-                    Some(at) => unsafe { partial.slice(at, scratch.total.len()) }.copy_from_slice(&scratch.total),
-                    // SAFETY: these heads of these rows are this piece's alone.
-                    None => unsafe { finish(ks, piece, &scratch.total, dim, wide, target) },
+                    Some(at) => {
+                        // SAFETY: pieces have places of their own, within the length just set.
+                        let parts = unsafe { partial.slice(at, piece.ranges.len() * size) };
+                        let mut parts = parts.chunks_exact_mut(size);
+                        past.compute(ks, piece, rows, q, wide, scratch, |part| {
+                            parts.next().expect("a place for each range").copy_from_slice(part);
+                        });
+                    }
+                    None => {
+                        let mut total = std::mem::take(&mut scratch.total);
+                        total.clear();
+                        past.compute(ks, piece, rows, q, wide, scratch, |part| {
+                            if total.is_empty() {
+                                total.extend_from_slice(part);
+                            } else {
+                                ops::merge(ks, piece.rows.len() * group, &mut total, part);
+                            }
+                        });
+                        // SAFETY: these heads of these rows are this piece's alone.
+                        unsafe { finish(ks, piece, &total, dim, wide, target) };
+                        scratch.total = total;
+                    }
                 }
             }
         });
@@ -111,14 +132,15 @@ pub fn attend(
     let mut rest = &mut partials[..len];
     let mut pieces = pieces.iter().filter(|piece| piece.partial.is_some()).peekable();
     while let Some(piece) = pieces.next() {
-        let size = partial_len(piece.rows.len() * group, dim);
-        let (total, others) = rest.split_at_mut(size);
-        rest = others;
-        while pieces.next_if(|other| other.head == piece.head && other.rows == piece.rows).is_some() {
-            let (part, others) = rest.split_at_mut(size);
-            rest = others;
-            ops::merge(ks, piece.rows.len() * group, total, part);
+        let mut ranges = piece.ranges.len();
+        while let Some(other) = pieces.next_if(|other| other.head == piece.head && other.rows == piece.rows) {
+            ranges += other.ranges.len();
         }
+        let size = partial_len(piece.rows.len() * group, dim);
+        let (parts, others) = rest.split_at_mut(ranges * size);
+        rest = others;
+        let (total, parts) = parts.split_at_mut(size);
+        parts.chunks_exact(size).for_each(|part| ops::merge(ks, piece.rows.len() * group, total, part));
         // SAFETY: no thread works any more.
         unsafe { finish(ks, piece, total, dim, wide, target) };
     }
@@ -142,7 +164,8 @@ impl Past<'_> {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window.max(1)))..position + 1
     }
 
-    /// Computes a piece into `scratch.total`.
+    /// Computes a piece; `each` gets the ranges' results in order.
+    #[allow(clippy::too_many_arguments)]
     fn compute(
         &self,
         ks: &Kernels,
@@ -151,10 +174,11 @@ impl Past<'_> {
         q: &[f32],
         wide: usize,
         scratch: &mut Scratch,
+        mut each: impl FnMut(&[f32]),
     ) {
         let (dim, kv_heads) = (self.kv.head_dim(), self.kv.kv_heads());
         let group = wide / (kv_heads * dim);
-        let Scratch { queries, slots, visible, total, part, work } = scratch;
+        let Scratch { queries, slots, visible, part, work, .. } = scratch;
         queries.clear();
         visible.clear();
         for row in piece.rows.clone() {
@@ -165,7 +189,7 @@ impl Past<'_> {
         let blocks = self.blocks[rows[piece.rows.start].0];
         let end = visible.last().map_or(0, |seen| seen.end.div_ceil(BLOCK_TOKENS));
         assert!(end <= blocks.len(), "attend: {} blocks of {end}", blocks.len());
-        let len = partial_len(visible.len() * group, dim);
+        part.resize(partial_len(visible.len() * group, dim), 0.0);
         for range in piece.ranges.clone() {
             const BLOCKS: usize = RANGE / BLOCK_TOKENS;
             slots.clear();
@@ -183,14 +207,10 @@ impl Past<'_> {
                 next: blocks[..end].get(last).map(slot),
                 soft_cap: self.soft_cap,
             };
-            let to = if range == piece.ranges.start { &mut *total } else { &mut *part };
-            to.resize(len, 0.0);
             // SAFETY: `ks` is usable on this machine. The slots are the cache's, and hold what the tokens see, as the caller
             // promises; if not, they hold other numbers.
-            unsafe { (ks.ops.attend)(&task, work, to) };
-            if range > piece.ranges.start {
-                ops::merge(ks, visible.len() * group, total, part);
-            }
+            unsafe { (ks.ops.attend)(&task, work, part) };
+            each(part);
         }
     }
 }

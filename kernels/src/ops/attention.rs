@@ -160,21 +160,19 @@ unsafe fn range<V: Vector, E: Element>(task: &Task, work: &mut Work, out: &mut [
         let count = (first..tokens).take_while(|&t| !bounds(t).is_empty()).count();
         let seeing = first..first + count;
         let (keys, values) = (slot.keys.cast::<E>(), slot.values.cast::<E>());
-        // The next slot is asked for in small portions between steps, as fast as it is going to be used.
-        let next = task.slots.get(b + 1).or(task.next.as_ref());
-        let lines = if next.is_some() { (2 * dim * BLOCK_TOKENS * size_of::<E>()).div_ceil(LINE) } else { 0 };
-        let steps = count * group + 2 * (count * group).div_ceil(4);
-        let mut ahead = Ahead { at: next.map_or(core::ptr::null(), |s| s.keys), lines, portion: lines.div_ceil(steps) };
+        // The next slot is asked for along the way, place by place; where there is none, this one again.
+        let next = task.slots.get(b + 1).or(task.next.as_ref()).unwrap_or(slot);
+        let (next_keys, next_values) = (next.keys.cast::<E>(), next.values.cast::<E>());
         if count * group < CONVERTED || size_of::<E>() == size_of::<f32>() {
-            block::<V, E>(task, slot, keys, values, seeing, bounds, &mut rows, &mut ahead);
+            block::<V, E>(task, slot, [keys, values], [next_keys, next_values], seeing, bounds, &mut rows);
         } else {
             let known = bounds(first + count - 1).end * dim;
             work.keys.resize((dim * BLOCK_TOKENS).max(work.keys.len()), 0.0);
             work.values.resize((dim * BLOCK_TOKENS).max(work.values.len()), 0.0);
-            convert::<V, E>(keys, dim * BLOCK_TOKENS, &mut work.keys);
-            convert::<V, E>(values, known, &mut work.values);
-            let (keys, values) = (work.keys.as_ptr(), work.values.as_ptr());
-            block::<V, f32>(task, slot, keys, values, seeing, bounds, &mut rows, &mut ahead);
+            convert::<V, E>(keys, dim * BLOCK_TOKENS, &mut work.keys, next_keys);
+            convert::<V, E>(values, known, &mut work.values, next_values);
+            let converted = [work.keys.as_ptr(), work.values.as_ptr()];
+            block::<V, f32>(task, slot, converted, converted, seeing, bounds, &mut rows);
         }
     }
     for (total, lanes) in totals.iter_mut().zip(rows.lanes.chunks_exact(LANES)) {
@@ -183,10 +181,11 @@ unsafe fn range<V: Vector, E: Element>(task: &Task, work: &mut Work, out: &mut [
     }
 }
 
-/// `n` elements as f32.
+/// `n` elements as f32; as many from `next` on are asked for.
 #[inline(always)]
-unsafe fn convert<V: Vector, E: Element>(from: *const E, n: usize, to: &mut [f32]) {
+unsafe fn convert<V: Vector, E: Element>(from: *const E, n: usize, to: &mut [f32], next: *const E) {
     for i in (0..n).step_by(V::LANES) {
+        prefetch::<V, E>(next, i / V::LANES);
         let v = E::load_some::<V>(from.add(i), n - i);
         if n - i >= V::LANES {
             v.store(to.as_mut_ptr().add(i));
@@ -201,92 +200,96 @@ unsafe fn convert<V: Vector, E: Element>(from: *const E, n: usize, to: &mut [f32
 /// Bytes of a cache line, near enough.
 const LINE: usize = 64;
 
-/// Memory that will be read next.
-struct Ahead {
-    at: *const u8,
-    lines: usize,
-    /// Lines to ask for at a time.
-    portion: usize,
-}
-
-impl Ahead {
-    #[inline(always)]
-    unsafe fn step<V: Vector>(&mut self) {
-        for _ in 0..self.portion.min(self.lines) {
-            V::prefetch(self.at);
-            self.at = self.at.wrapping_add(LINE);
-            self.lines -= 1;
-        }
+/// Asks for what lies at vector `p` of some from `next` on, if a line starts there: called beside loads of another slot's.
+#[inline(always)]
+unsafe fn prefetch<V: Vector, E: Element>(next: *const E, p: usize) {
+    if p * V::LANES * size_of::<E>() % LINE == 0 {
+        V::prefetch(next.wrapping_add(p * V::LANES).cast());
     }
 }
 
-/// Adds a block for the tokens of `seeing`, `bounds` of whose positions they see.
+/// Adds a block for the tokens of `seeing`, `bounds` of whose positions they see. Keys and values come with those of the slot
+/// to ask for.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 unsafe fn block<V: Vector, E: Element>(
     task: &Task,
     slot: &Slot,
-    keys: *const E,
-    values: *const E,
+    [keys, values]: [*const E; 2],
+    [next_keys, next_values]: [*const E; 2],
     seeing: Range<usize>,
     bounds: impl Fn(usize) -> Range<usize>,
     rows: &mut Rows,
-    ahead: &mut Ahead,
 ) {
     let (dim, group) = (task.dim, task.group);
     let last = seeing.end * group;
-    for row in (seeing.start * group..last).step_by(4) {
-        ahead.step::<V>();
+    let mut row = seeing.start * group;
+    while row < last {
         let queries = task.queries.as_ptr().add(row * dim);
         let weights = rows.weights.as_mut_ptr().add(row * BLOCK_TOKENS);
-        match last - row {
-            1 => scores::<V, E, 1>(queries, keys, dim, weights),
-            2 => scores::<V, E, 2>(queries, keys, dim, weights),
-            3 => scores::<V, E, 3>(queries, keys, dim, weights),
-            _ => scores::<V, E, 4>(queries, keys, dim, weights),
-        }
+        row += match last - row {
+            1 => scores::<V, E, 1>(queries, [keys, next_keys], dim, weights),
+            2 => scores::<V, E, 2>(queries, [keys, next_keys], dim, weights),
+            3 => scores::<V, E, 3>(queries, [keys, next_keys], dim, weights),
+            8.. if most_rows::<V>() == 8 => scores::<V, E, 8>(queries, [keys, next_keys], dim, weights),
+            _ => scores::<V, E, 4>(queries, [keys, next_keys], dim, weights),
+        };
     }
     for token in seeing.clone() {
         for row in token * group..(token + 1) * group {
-            ahead.step::<V>();
             soften::<V>(task, slot, bounds(token), row, rows);
         }
     }
     let mut row = seeing.start * group;
     while row < last {
-        ahead.step::<V>();
-        // Up to four rows that see the same.
+        // Some rows that see the same.
         let seen = bounds(row / group);
-        let same = (row..last).take(4).take_while(|row| bounds(row / group) == seen).count();
+        let same = (row..last).take(most_rows::<V>()).take_while(|row| bounds(row / group) == seen).count();
         let weights = rows.weights.as_ptr().add(row * BLOCK_TOKENS);
         let sums = rows.sums.as_mut_ptr().add(row * padded(dim));
-        match same {
-            1 => weigh::<V, E, 1>(weights, values, dim, seen, sums),
-            2 => weigh::<V, E, 2>(weights, values, dim, seen, sums),
-            3 => weigh::<V, E, 3>(weights, values, dim, seen, sums),
-            _ => weigh::<V, E, 4>(weights, values, dim, seen, sums),
-        }
-        row += same;
+        row += match same {
+            1 => weigh::<V, E, 1>(weights, [values, next_values], dim, seen, sums),
+            2 => weigh::<V, E, 2>(weights, [values, next_values], dim, seen, sums),
+            3 => weigh::<V, E, 3>(weights, [values, next_values], dim, seen, sums),
+            8 if most_rows::<V>() == 8 => weigh::<V, E, 8>(weights, [values, next_values], dim, seen, sums),
+            _ => weigh::<V, E, 4>(weights, [values, next_values], dim, seen, sums),
+        };
+    }
+}
+
+/// Rows that share what is loaded of keys and values: their sums must find registers.
+#[inline(always)]
+const fn most_rows<V: Vector>() -> usize {
+    if V::LANES == 16 {
+        8
+    } else {
+        4
     }
 }
 
 /// Scores of N rows with the block's keys; `P` vectors of positions at a time, so that eight chains hide the latency of fma
-/// and registers last.
+/// and registers last. Returns N.
 #[inline(always)]
-unsafe fn scores<V: Vector, E: Element, const N: usize>(q: *const f32, keys: *const E, dim: usize, out: *mut f32) {
+unsafe fn scores<V: Vector, E: Element, const N: usize>(
+    q: *const f32,
+    keys: [*const E; 2],
+    dim: usize,
+    out: *mut f32,
+) -> usize {
     #[inline(always)]
     unsafe fn some<V: Vector, E: Element, const N: usize, const P: usize>(
         q: *const f32,
-        keys: *const E,
+        [keys, next]: [*const E; 2],
         dim: usize,
         out: *mut f32,
     ) {
         for first in (0..BLOCK_TOKENS).step_by(P * V::LANES) {
             let mut acc = [[V::zero(); P]; N];
             for d in 0..dim {
+                let at = d * BLOCK_TOKENS + first;
                 let mut k = [V::zero(); P];
                 for (p, k) in k.iter_mut().enumerate() {
-                    *k = E::load(keys.add(d * BLOCK_TOKENS + first + p * V::LANES));
+                    prefetch::<V, E>(next.wrapping_add(at), p);
+                    *k = E::load(keys.add(at + p * V::LANES));
                 }
                 for (n, acc) in acc.iter_mut().enumerate() {
                     let q = V::splat(*q.add(n * dim + d));
@@ -307,6 +310,7 @@ unsafe fn scores<V: Vector, E: Element, const N: usize>(q: *const f32, keys: *co
     } else {
         some::<V, E, N, 2>(q, keys, dim, out);
     }
+    N
 }
 
 /// A row's scores to weights, at most 1 each, with what was summed before brought to the same maximum.
@@ -370,20 +374,20 @@ unsafe fn soften<V: Vector>(task: &Task, slot: &Slot, seen: Range<usize>, row: u
     }
 }
 
-/// Adds the weighted values of the seen positions to N rows' sums.
+/// Adds the weighted values of the seen positions to N rows' sums. Returns N.
 #[inline(always)]
 unsafe fn weigh<V: Vector, E: Element, const N: usize>(
     weights: *const f32,
-    values: *const E,
+    [values, next]: [*const E; 2],
     dim: usize,
     seen: Range<usize>,
     sums: *mut f32,
-) {
+) -> usize {
     /// `P` vectors of dimensions, of which `left` are the head's; WHOLE: all of them.
     #[inline(always)]
     unsafe fn some<V: Vector, E: Element, const N: usize, const P: usize, const WHOLE: bool>(
         weights: *const f32,
-        values: *const E,
+        [values, next]: [*const E; 2],
         dim: usize,
         left: usize,
         seen: Range<usize>,
@@ -398,6 +402,7 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
         for j in seen {
             let mut v = [V::zero(); P];
             for (p, v) in v.iter_mut().enumerate() {
+                prefetch::<V, E>(next.wrapping_add(j * dim), p);
                 let from = values.wrapping_add(j * dim + p * V::LANES);
                 *v = if WHOLE { E::load(from) } else { E::load_some(from, left.saturating_sub(p * V::LANES)) };
             }
@@ -417,7 +422,7 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
     let wide = N <= 2 && V::LANES == 8;
     let step = if wide { 4 * V::LANES } else { 2 * V::LANES };
     for d in (0..dim).step_by(step) {
-        let (values, sums, left) = (values.add(d), sums.add(d), dim - d);
+        let (values, sums, left) = ([values.add(d), next.wrapping_add(d)], sums.add(d), dim - d);
         match (wide, left >= step) {
             (true, true) => some::<V, E, N, 4, true>(weights, values, dim, left, seen.clone(), sums),
             (true, false) => some::<V, E, N, 4, false>(weights, values, dim, left, seen.clone(), sums),
@@ -425,6 +430,7 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
             (false, false) => some::<V, E, N, 2, false>(weights, values, dim, left, seen.clone(), sums),
         }
     }
+    N
 }
 
 /// Adds what `attend` gave for a later range to what it gave for those before; both of `rows` rows.
