@@ -12,8 +12,8 @@ import { lines } from "./engines/engine.ts";
 import { countsOf } from "./list_option.ts";
 import { record } from "./record.ts";
 import { costRowSchema, kernelRowSchema } from "./rows.ts";
-import type { CostRow, KernelRow } from "./rows.ts";
-import { costLines, describeCost, describeKernels } from "./tables.ts";
+import type { CostFit, CostRow, KernelRow } from "./rows.ts";
+import { costFits, describeCost, describeFits, describeKernels } from "./tables.ts";
 
 const lineSchema = z.union([z.strictObject({ row: kernelRowSchema }), z.strictObject({ cost: costRowSchema })]);
 
@@ -39,7 +39,7 @@ export interface KernelOptions {
 export async function benchKernels(
   options: KernelOptions,
   onRow: (row: KernelRow) => void = () => {},
-): Promise<{ rows: KernelRow[]; cost: CostRow[] }> {
+): Promise<{ rows: KernelRow[]; cost: CostRow[]; fits: CostFit[] }> {
   const { types, isa, threads, batch, mebibytes, rounds, all, profile = "release" } = options;
   const manifest = fileURLToPath(new URL("../kernels/Cargo.toml", import.meta.url));
   const args = ["--mebibytes", `${mebibytes}`, "--rounds", `${rounds}`];
@@ -78,7 +78,7 @@ export async function benchKernels(
   }
   const { success, code } = await child.status;
   if (!success) throw new BenchError(`bench_kernels failed with code ${code}; its own words are above`);
-  return { rows, cost };
+  return { rows, cost, fits: costFits(cost) };
 }
 
 interface Flags extends KernelOptions {
@@ -96,16 +96,21 @@ if (import.meta.main) {
     .option("--mebibytes <n>", "memory that matrices take together; several times the caches", integer(1), 1024)
     .option("--rounds <n>", "readings and products, in turns", integer(1), 5)
     .option("--all", "every form of a type and every kernel of a form, not the usual ones alone")
-    .option("--json", "print rows as lines of JSON; those of the cost law have nanoseconds a weight")
+    .option(
+      "--json",
+      "print rows as lines of JSON; then the cost law's (nanoseconds a weight) and its lines (picoseconds)",
+    )
     .option("--record", "write the results to bench/results, and draw them")
     .parse(Deno.args, { from: "user" }).opts<Flags>();
   try {
-    const { rows, cost } = await benchKernels(flags, (row) => {
+    const { rows, cost, fits } = await benchKernels(flags, (row) => {
       if (flags.json === true) console.log(JSON.stringify(row));
     });
-    if (flags.json === true) { for (const row of cost) console.log(JSON.stringify(row)); }
-    else console.log([...describeKernels(rows), "", ...describeCost(cost), "", ...costLines(cost)].join("\n"));
-    if (flags.record === true) record({ kernels: { mebibytes: flags.mebibytes, rounds: flags.rounds, rows, cost } });
+    if (flags.json === true) { for (const row of [...cost, ...fits]) console.log(JSON.stringify(row)); }
+    else console.log([...describeKernels(rows), "", ...describeCost(cost), "", ...describeFits(fits)].join("\n"));
+    if (flags.record === true) {
+      record({ kernels: { mebibytes: flags.mebibytes, rounds: flags.rounds, rows, cost, fits } });
+    }
   } catch (error) {
     if (!(error instanceof BenchError)) throw error;
     console.error(`error: ${error.message}`);

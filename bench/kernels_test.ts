@@ -17,7 +17,7 @@ Deno.test("benchKernels: a tiny run gives a row for every type, number of thread
     rounds: 1,
     profile,
   } as const;
-  const { rows, cost } = await benchKernels(options, (row) => seen.push(row.form));
+  const { rows, cost, fits } = await benchKernels(options, (row) => seen.push(row.form));
   assert.deepEqual(rows.map((row) => [row.form, row.threads, row.batch]), [
     ["Q4_K", 1, 1],
     ["Q4_K", 1, 16],
@@ -36,6 +36,7 @@ Deno.test("benchKernels: a tiny run gives a row for every type, number of thread
   for (const kernel of new Set(cost.map((row) => row.kernel))) {
     const bits = cost.filter((row) => row.kernel === kernel).map((row) => row.bits);
     assert.deepEqual(bits, [1, 2, 3, 4].slice(0, bits.length));
+    assert.equal(fits.filter((fit) => fit.kernel === kernel).length, bits.length > 1 ? 1 : 0);
   }
 });
 

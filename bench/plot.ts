@@ -110,16 +110,18 @@ export function drawCostLaw(rows: readonly CostRow[]): string {
     const value = (most * i) / 4;
     parts.push(text(left - 6, y(value) + 4, value.toFixed(1), "end"));
   }
-  costFits(rows).forEach(({ label, rows: own, slope, intercept }, i) => {
+  costFits(rows).forEach(({ isa, kernel, slope, intercept }, i) => {
     const colour = COLOURS[i % COLOURS.length];
     const end = bits + 0.3;
     const line = [x(0), y(intercept), x(end), y(intercept + slope * end)].map((at) => at.toFixed(1));
     parts.push(`<line x1="${line[0]}" y1="${line[1]}" x2="${line[2]}" y2="${line[3]}" stroke="${colour}"/>`);
-    for (const row of own) {
+    for (const row of rows.filter((row) => row.isa === isa && row.kernel === kernel)) {
       const at = `cx="${x(row.bits).toFixed(1)}" cy="${y(1000 * row.nanoseconds).toFixed(1)}"`;
       parts.push(`<circle ${at} r="4" fill="${colour}"/>`);
     }
-    const name = `${label}: ${slope.toFixed(2)}·bits ${intercept < 0 ? "−" : "+"} ${Math.abs(intercept).toFixed(2)}`;
+    const name = `${isa} ${kernel}: ${slope.toFixed(2)}·bits ${intercept < 0 ? "−" : "+"} ${
+      Math.abs(intercept).toFixed(2)
+    }`;
     parts.push(`<rect x="${WIDTH - right + 14}" y="${top + 20 * i}" width="11" height="11" fill="${colour}"/>`);
     parts.push(text(WIDTH - right + 30, top + 10 + 20 * i, name));
   });

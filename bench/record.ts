@@ -12,8 +12,8 @@ import { z } from "zod";
 import project from "../deno.json" with { type: "json" };
 import { loadKernels } from "../worker/mod.ts";
 import { drawCostLaw, drawRatios, drawShares } from "./plot.ts";
-import { clusterRowSchema, costRowSchema, kernelRowSchema, peerRowSchema } from "./rows.ts";
-import { costLines, describeCluster, describeCost, describeKernels, describePeer } from "./tables.ts";
+import { clusterRowSchema, costFitSchema, costRowSchema, kernelRowSchema, peerRowSchema } from "./rows.ts";
+import { describeCluster, describeCost, describeFits, describeKernels, describePeer } from "./tables.ts";
 
 const peerPartSchema = z.strictObject({
   /** The model's shape. */
@@ -29,6 +29,7 @@ const kernelsPartSchema = z.strictObject({
   rounds: z.number().int().positive(),
   rows: z.array(kernelRowSchema),
   cost: z.array(costRowSchema),
+  fits: z.array(costFitSchema),
 });
 const clusterPartSchema = z.strictObject({
   /** The model's shape, and the type of its matrices. */
@@ -85,7 +86,7 @@ export function describeResults(results: Results, drawings: readonly string[]): 
       ...code(describeKernels(kernels.rows)),
       "## The cost law",
       "",
-      ...code([...describeCost(kernels.cost), "", ...costLines(kernels.cost)]),
+      ...code([...describeCost(kernels.cost), "", ...describeFits(kernels.fits)]),
     ]),
     ...(cluster === undefined ? [] : [
       "## A cluster",

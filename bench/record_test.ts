@@ -6,7 +6,7 @@ import { loadKernels } from "../worker/mod.ts";
 import { drawBars } from "./plot.ts";
 import { record, resultsSchema, slug } from "./record.ts";
 import type { CostRow, KernelRow, PeerRow } from "./rows.ts";
-import { describePeer } from "./tables.ts";
+import { costFits, describePeer } from "./tables.ts";
 
 loadKernels(); // before the test, as it is never closed
 
@@ -48,9 +48,13 @@ Deno.test("record: parts of a day come together in one file, with tables and dra
   const folder = Deno.makeTempDirSync();
   try {
     const path = record({ peer: { shape: "tiny", builds: ["lutra avx512"], rounds: 3, rows: [peer] } }, folder);
-    assert.equal(record({ kernels: { mebibytes: 1024, rounds: 7, rows: [kernel], cost } }, folder), path);
+    assert.equal(
+      record({ kernels: { mebibytes: 1024, rounds: 7, rows: [kernel], cost, fits: costFits(cost) } }, folder),
+      path,
+    );
     const results = resultsSchema.parse(JSON.parse(readFileSync(path, "utf8")));
     assert.deepEqual([results.peer?.rows, results.kernels?.rows], [[peer], [kernel]]);
+    assert.equal(results.kernels?.fits[0]?.slope.toFixed(6), "2.000000");
     const names = readdirSync(folder).sort();
     assert.deepEqual(names.map((name) => name.replace(/^.*\d{4}-\d\d-\d\d/, "")), [
       "-cost.svg",

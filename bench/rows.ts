@@ -68,6 +68,17 @@ export const costRowSchema = z.strictObject({
 });
 export type CostRow = z.infer<typeof costRowSchema>;
 
+/** The line of least squares through a kernel's points of the cost law. */
+export const costFitSchema = z.strictObject({
+  isa: z.string(),
+  kernel: z.string(),
+  /** Picoseconds a weight for each bit. */
+  slope: z.number(),
+  /** Picoseconds a weight whatever the bits. */
+  intercept: z.number(),
+});
+export type CostFit = z.infer<typeof costFitSchema>;
+
 /** A pipeline over some workers, or several of them, against one worker. */
 export const clusterRowSchema = z.strictObject({
   /** Tokens of answers; those of one prompt, to its first answer token. */

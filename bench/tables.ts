@@ -1,7 +1,6 @@
 import { table } from "../cli/inspect.ts";
-import type { ClusterRow, CostRow, KernelRow, PeerRow } from "./rows.ts";
+import type { ClusterRow, CostFit, CostRow, KernelRow, PeerRow } from "./rows.ts";
 import { fitLine } from "./stats.ts";
-import type { Line } from "./stats.ts";
 
 const percent = (share: number | null) => share === null ? "" : `${(100 * share).toFixed(0)} %`;
 
@@ -53,30 +52,22 @@ export function describeCost(rows: readonly CostRow[]): string[] {
   );
 }
 
-/** A kernel's points of the cost law, and the line through them: picoseconds a weight by bits. */
-export interface CostFit extends Line {
-  readonly label: string;
-  readonly rows: readonly CostRow[];
-}
-
 /** The line through each kernel's points. A kernel of one width alone has none. */
 export function costFits(rows: readonly CostRow[]): CostFit[] {
-  const groups = new Map<string, CostRow[]>();
-  for (const row of rows) {
-    const label = `${row.isa} ${row.kernel}`;
-    groups.set(label, [...groups.get(label) ?? [], row]);
-  }
-  return [...groups].filter(([, own]) => own.length > 1).map(([label, own]) => ({
-    label,
-    rows: own,
+  const groups = Map.groupBy(rows, ({ isa, kernel }) => `${isa} ${kernel}`);
+  return [...groups.values()].filter((own) => own.length > 1).map((own) => ({
+    isa: own[0]!.isa,
+    kernel: own[0]!.kernel,
     ...fitLine(own.map((r) => [r.bits, 1000 * r.nanoseconds])),
   }));
 }
 
-/** The fits in words. */
-export function costLines(rows: readonly CostRow[]): string[] {
-  return costFits(rows).map(({ label, slope, intercept }) =>
-    `${label}: ${slope.toFixed(2)} ps/weight for each bit, and ${intercept.toFixed(2)} ps/weight whatever the bits`
+/** Fits in words. */
+export function describeFits(fits: readonly CostFit[]): string[] {
+  return fits.map(({ isa, kernel, slope, intercept }) =>
+    `${isa} ${kernel}: ${slope.toFixed(2)} ps/weight for each bit, and ${
+      intercept.toFixed(2)
+    } ps/weight whatever the bits`
   );
 }
 

@@ -98,11 +98,6 @@ fn seconds(f: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// Codes without NaN and not all alike: the values do not matter to the time.
-fn code(i: usize) -> u8 {
-    (i * 37 % 61) as u8
-}
-
 fn activations(ks: &Kernels, form: PackedForm, n: usize, pool: &Pool) -> Activations {
     let x: Vec<f32> = (0..n * COLS).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut act = Activations::new();
@@ -138,7 +133,7 @@ fn bench_form(o: &Options, ks: &Kernels, ty: SourceType, form: PackedForm) {
         return;
     }
     let most = Pool::new(o.threads.iter().copied().max().unwrap_or(1));
-    let source: Vec<u8> = (0..ty.tensor_bytes(ROWS, COLS).expect("whole blocks")).map(code).collect();
+    let source = ty.arbitrary(ROWS, COLS).expect("whole blocks");
     let small = pack_as(form, ty, &source, ROWS, COLS, &most).expect("a packed matrix");
     let matrix = || small.repeated((MATRIX_BYTES / small.bytes()).max(1), &most).expect("memory");
     let large: Vec<PackedMatrix> = (0..((o.mebibytes << 20) / MATRIX_BYTES).max(1)).map(|_| matrix()).collect();
@@ -203,7 +198,7 @@ fn cost_law(ks: &Kernels) {
             let Some(variant) = ks.variants(form).iter().position(|other| other.name == kernel.name) else {
                 continue; // a kernel for fewer bits only
             };
-            let codes: Vec<u8> = (0..ROWS * COLS).map(|i| code(i) & ((1 << bits) - 1)).collect();
+            let codes: Vec<u8> = (0..ROWS * COLS).map(|i| (i * 37 % 61) as u8 & ((1 << bits) - 1)).collect();
             let w = PackedMatrix::from_codes(form, ROWS, COLS, &codes, 0x2e66, 0xad21);
             let time = cached(Plan { variant, ..Plan::default() }, ks, &w, 1);
             let row = serde_json::json!({

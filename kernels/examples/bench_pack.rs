@@ -29,8 +29,7 @@ fn main() {
     println!("{:8} {:22} {:>7} {:>6}", "type", "codes", "threads", "GB/s");
     for ty in types {
         let rows = ((mebibytes << 20) / ty.tensor_bytes(1, COLS).expect("whole blocks")).max(1);
-        let len = ty.tensor_bytes(rows, COLS).expect("whole blocks");
-        let src: Vec<u8> = (0..len).map(|i| (i as u32).wrapping_mul(2654435761) as u8 ^ (i >> 9) as u8).collect();
+        let src = ty.arbitrary(rows, COLS).expect("whole blocks");
         for form in PackedForm::candidates(ty) {
             for &threads in &threads {
                 let pool = Pool::new(threads);
@@ -38,7 +37,7 @@ fn main() {
                     .map(|_| {
                         let start = Instant::now();
                         pack_as(form, ty, &src, rows, COLS, &pool).expect("a packed matrix");
-                        len as f64 / start.elapsed().as_secs_f64() / 1e9
+                        src.len() as f64 / start.elapsed().as_secs_f64() / 1e9
                     })
                     .collect();
                 rates.sort_by(f64::total_cmp);

@@ -91,10 +91,7 @@ struct Tensors<W> {
 impl<W: Write> Tensors<W> {
     fn matrix(&mut self, ty: &str, cols: usize, rows: usize) -> Value {
         let (id, ty) = type_of(ty);
-        // Bytes below 61 are finite as half floats.
-        let bytes: Vec<u8> = (0..ty.tensor_bytes(rows, cols).expect("whole blocks"))
-            .map(|i| ((i as u32).wrapping_mul(0x9e37_79b1) >> 16) as u8 % 61)
-            .collect();
+        let bytes = ty.arbitrary(rows, cols).expect("whole blocks");
         json!({"weight": self.put(id, &[cols, rows], &bytes)})
     }
     /// Small weights of a norm keep everything finite.

@@ -271,6 +271,17 @@ impl SourceType {
         let bytes = self.row_bytes(cols)?.checked_mul(rows).and_then(|bytes| bytes.checked_add(self.trailer_bytes()));
         bytes.ok_or_else(|| Error::argument(format!("{rows} rows of {cols} weights are too many")))
     }
+
+    /// A tensor for measurements: every byte is 0x20 ..= 0x3f, so that floats, half floats and exponents of any type, and products
+    /// with them, are neither subnormal, which would be slow, nor infinite.
+    pub fn arbitrary(self, rows: usize, cols: usize) -> Result<Vec<u8>> {
+        let mut state = 1u32;
+        let mut byte = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            0x20 | (state >> 27) as u8
+        };
+        Ok((0..self.tensor_bytes(rows, cols)?).map(|_| byte()).collect())
+    }
 }
 
 /// One float weight.

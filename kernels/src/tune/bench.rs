@@ -53,14 +53,7 @@ impl<'a> Bench<'a> {
             return Ok(at);
         }
         let Shape { ty, rows, cols } = shape;
-        // Every byte is 0x20 ..= 0x3f: floats, half floats and exponents of any type are neither subnormal nor infinite.
-        let mut state = 1u32;
-        let source: Vec<u8> = (0..ty.tensor_bytes(rows, cols)?)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                0x20 | (state >> 27) as u8
-            })
-            .collect();
+        let source = ty.arbitrary(rows, cols)?;
         let first = pack_as(form, ty, &source, rows, cols, self.pool)?;
         // Long batches read weights seldom.
         let bytes = if n > 8 { self.ring_bytes / 4 } else { self.ring_bytes };
