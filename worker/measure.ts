@@ -7,10 +7,10 @@ import { WorkerError } from "./errors.ts";
 import type { KernelLibrary, ShardChoices, ShardHandle } from "./kernels.ts";
 
 /**
- * Each run is repeated for so long, in milliseconds, and so often, of which the fastest time counts: longer than the period in
- * which Linux portions out processor time, so that a quota shows.
+ * Each run is repeated for so long, in milliseconds, and so often, of which the fastest time counts: what else the device does for a
+ * moment does not show, but a quota does, as Linux portions out processor time in half of that.
  */
-const WINDOW_MS = 150;
+const WINDOW_MS = 200;
 const WINDOWS = 3;
 /** Bytes of the floats that are 1, per GGML type. */
 const ONES: Readonly<Record<number, readonly number[]>> = {
