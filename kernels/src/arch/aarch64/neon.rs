@@ -49,7 +49,7 @@ pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
 }
 
 dot_kernels!(Rows<false>, "neon");
-dot_table!(dot_variants, Rows, Codes::Trits);
+dot_table!(dot_variants, Rows<false>, Codes::Trits);
 
 // ---------------------------------------------------------------------------------------------------- float lanes
 
