@@ -64,7 +64,7 @@ impl Reading {
 
 /// Asks for the line at an address, which may be anywhere: a prefetch never fails.
 #[inline(always)]
-fn prefetch(at: *const u8) {
+pub(crate) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE belongs to every x86-64, and a prefetch touches nothing.
     unsafe {
@@ -73,7 +73,7 @@ fn prefetch(at: *const u8) {
     #[cfg(target_arch = "aarch64")]
     // SAFETY: PRFM belongs to every 64-bit Arm, and touches nothing.
     unsafe {
-        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;

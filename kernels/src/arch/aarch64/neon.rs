@@ -7,6 +7,7 @@
 
 use crate::arch::dot::{dot_kernels, dot_table, Dot};
 use crate::arch::vector::Vector;
+use crate::bandwidth;
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
@@ -151,6 +152,10 @@ impl Vector for Lanes {
         Lanes(of(self.0), of(self.1))
     }
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        bandwidth::prefetch(at);
+    }
+    #[inline(always)]
     unsafe fn reduce_add(self) -> f32 {
         let four = vaddq_f32(self.0, self.1);
         vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)))
@@ -252,6 +257,10 @@ pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
 }
 
 // ---------------------------------------------------------------------------------------------------- lookup
+
+/// How far ahead of its reads the kernel asks for weights: beyond the end of a 4 KiB page, where prefetching by the processor
+/// stops, and of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
+const AHEAD: usize = 4096;
 
 /// The lookup kernel for a form of bit planes, if there is one.
 fn bits_variants(form: PackedForm) -> &'static [Variant] {
@@ -355,6 +364,10 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
         for block in 0..size / 32 {
             let mut low = [[[vdupq_n_u8(0); 2]; N]; M];
             let mut high = [[[vdupq_n_u8(0); 2]; N]; M];
+            let at = group.add(block * 4 * N * TILE);
+            for line in (0..4 * N * TILE).step_by(64) {
+                bandwidth::prefetch(at.wrapping_add(AHEAD + line));
+            }
             for octet in 0..4 {
                 let mut index = [[[vdupq_n_u8(0); 2]; 2]; N];
                 for plane in 0..N {
@@ -731,6 +744,10 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
     #[inline(always)]
     unsafe fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         vfmaq_f32(c, a, b)
+    }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        bandwidth::prefetch(from);
     }
     #[inline(always)]
     unsafe fn store(a: float32x4_t, to: *mut f32) {
