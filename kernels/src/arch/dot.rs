@@ -919,7 +919,8 @@ macro_rules! dot_kernels {
 }
 pub(crate) use dot_kernels;
 
-/// Defines a function of this name: the kernels for a form of fields or of these trits, `dot_kernels!` of the set behind others.
+/// Defines a function of this name: the kernels for a form of fields or of these trits, those that `dot_kernels!` defined of the set
+/// behind others, which take as many tiles at once.
 macro_rules! dot_table {
     ($name:ident, $set:ty, $trits:pat $(, $first:expr)*) => {
         fn $name(form: PackedForm) -> &'static [Variant] {
@@ -930,8 +931,11 @@ macro_rules! dot_table {
             const fn dot(tile: $crate::matmul::TileKernel) -> Variant {
                 Variant { name: "dot", tile, tiles: 1, widths: &[8, 4, 2, 1], tables: false }
             }
+            const fn paired(variant: Variant) -> Variant {
+                Variant { tiles: <$set as $crate::arch::dot::Dot>::TILES, ..variant }
+            }
             const fn pair(tile: $crate::matmul::TileKernel) -> Variant {
-                Variant { tiles: <$set as $crate::arch::dot::Dot>::TILES, ..dot(tile) }
+                paired(dot(tile))
             }
             match (form.codes, form.values, form.scale, form.group) {
                 (Codes::Fields(1), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<1, F16_MIN, 0>)] },
@@ -941,9 +945,9 @@ macro_rules! dot_table {
                 (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[$($first,)* dot(nested::<2, SUB4_MIN>)] },
                 (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<3, F16_MIN, 0>)] },
                 (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[$($first,)* dot(nested::<3, SUB6>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[$($first,)* pair(flat::<4, F16, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[$(paired($first),)* pair(flat::<4, F16, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(flat::<4, F16, 0>)] },
-                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* pair(flat::<4, F16_MIN, 1>)] },
+                (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[$(paired($first),)* pair(flat::<4, F16_MIN, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<4, F16_MIN, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<4, SUB6_MIN>)] },
                 (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ1, SUB6_OF_32>)] },
@@ -953,10 +957,10 @@ macro_rules! dot_table {
                 (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_XXS, SUB6_OF_32>)] },
                 (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_S, SUB6_OF_32>)] },
                 (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ4_NL, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[$($first,)* pair(flat::<IQ4_NL, F16, 1>)] },
-                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[$($first,)* pair(flat::<MXFP4, E8M0, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[$($first,)* pair(flat::<5, F16, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[$($first,)* pair(flat::<5, F16_MIN, 1>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[$(paired($first),)* pair(flat::<IQ4_NL, F16, 1>)] },
+                (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[$(paired($first),)* pair(flat::<MXFP4, E8M0, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[$(paired($first),)* pair(flat::<5, F16, 1>)] },
+                (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[$(paired($first),)* pair(flat::<5, F16_MIN, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<5, SUB6_MIN>)] },
                 (Codes::Fields(2), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<2, F16_ZERO4, 0>)] },
                 (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<3, F16_ZERO4, 0>)] },
@@ -967,7 +971,7 @@ macro_rules! dot_table {
                 (Codes::Fields(4), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<4, F32_ZERO4, 0>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F32Zero8, _) => const { &[$($first,)* dot(flat::<8, F32_ZERO8, 0>)] },
                 (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[$($first,)* dot(nested::<6, SUB8>)] },
-                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$($first,)* pair(flat::<8, F16, 1>)] },
+                (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$(paired($first),)* pair(flat::<8, F16, 1>)] },
                 ($trits, Values::Offset(_), S::F16, 256) => const { &[$($first,)* dot(trits::<256>)] },
                 ($trits, Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(trits::<0>)] },
                 _ => &[],

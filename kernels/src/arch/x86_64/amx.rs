@@ -16,7 +16,7 @@ use crate::arch::dot::{self, dot_table, Dot};
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileOut, BATCH};
 use crate::pack::fields::{UNIT, WORD};
-use crate::pack::{Codes, PackedForm, ScaleKind, Values, FIELD_TILE};
+use crate::pack::{Codes, PackedForm, ScaleKind, Values, FIELD_TILE, MAX_TILE};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -251,10 +251,9 @@ const OF_SUBS: u8 = 2;
 ///
 /// # Safety
 ///
-/// The machine has AMX, the arguments are as `dot::check` wants them, and of `operand` everything is set that `decoder` sets for the
+/// The machine has AMX, the arguments are as `dot::check` wants them, `out` points to the tile's first sum in a `TileOut`, and of `operand` everything is set that `decoder` sets for the
 /// form's `chunk.len()` groups.
-type Multiply =
-    unsafe fn(args: &TileArgs, chunk: Range<usize>, operand: *const Operand, start: usize, out: &mut TileOut);
+type Multiply = unsafe fn(args: &TileArgs, chunk: Range<usize>, operand: *const Operand, start: usize, out: *mut f32);
 
 /// # Safety
 ///
@@ -272,19 +271,23 @@ unsafe fn tile(args: &TileArgs, out: &mut TileOut) {
     }
     let (decode, multiply) = decoder(form).expect("only forms with a decoder have this kernel");
     for sums in &mut out[rest..args.count] {
-        sums[..FIELD_TILE].fill(0.0);
+        sums[..args.tiles * FIELD_TILE].fill(0.0);
     }
     // Not initialised as a whole: what a form has no use for is never written, nor read.
     let mut operand = MaybeUninit::<Operand>::uninit();
     let config = Config::new(step(form));
     asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, preserves_flags, readonly));
-    let in_chunk = CHUNK / form.group as usize;
-    for first in (0..groups).step_by(in_chunk) {
-        let chunk = first..groups.min(first + in_chunk);
-        for g in chunk.clone() {
-            decode(args, args.tile.as_ptr().add(g * form.group_tile_bytes()), g - first, operand.as_mut_ptr());
+    let (in_chunk, group_bytes) = (CHUNK / form.group as usize, form.group_tile_bytes());
+    for t in 0..args.tiles {
+        let tile = args.tile.as_ptr().add(t * groups * group_bytes);
+        let columns = out.as_mut_ptr().cast::<f32>().add(t * FIELD_TILE);
+        for first in (0..groups).step_by(in_chunk) {
+            let chunk = first..groups.min(first + in_chunk);
+            for g in chunk.clone() {
+                decode(args, tile.add(g * group_bytes), g - first, operand.as_mut_ptr());
+            }
+            multiply(args, chunk, operand.as_ptr(), rest, columns);
         }
-        multiply(args, chunk, operand.as_ptr(), rest, out);
     }
     asm!("tilerelease", options(nostack, preserves_flags));
 }
@@ -301,7 +304,7 @@ unsafe fn multiply<const DIGITS: usize, const MINIMA: u8>(
     chunk: Range<usize>,
     operand: *const Operand,
     start: usize,
-    out: &mut TileOut,
+    out: *mut f32,
 ) {
     let mut j = start;
     while j < args.count {
@@ -385,14 +388,14 @@ unsafe fn block<const DIGITS: usize, const MINIMA: u8, const T: usize>(
     chunk: &Range<usize>,
     operand: *const Operand,
     j: usize,
-    out: &mut TileOut,
+    out: *mut f32,
 ) -> usize {
     let mut sums = MaybeUninit::<[Sums; 4]>::uninit();
     let sums = sums.as_mut_ptr().cast::<Sums>();
     let mut acc = [_mm512_setzero_ps(); M];
     if T == 1 {
         for m in 0..M {
-            acc[m] = _mm512_loadu_ps(out[j + m].as_ptr());
+            acc[m] = _mm512_loadu_ps(out.add((j + m) * MAX_TILE));
         }
     }
     for g in 0..chunk.len() {
@@ -404,7 +407,7 @@ unsafe fn block<const DIGITS: usize, const MINIMA: u8, const T: usize>(
                 if T == 1 {
                     acc[m] = finish::<DIGITS, MINIMA>(args, operand, group, sums, m, acc[m]);
                 } else {
-                    let at = out[j + t * M + m].as_mut_ptr();
+                    let at = out.add((j + t * M + m) * MAX_TILE);
                     let sum = finish::<DIGITS, MINIMA>(args, operand, group, sums, m, _mm512_loadu_ps(at));
                     _mm512_storeu_ps(at, sum);
                 }
@@ -413,7 +416,7 @@ unsafe fn block<const DIGITS: usize, const MINIMA: u8, const T: usize>(
     }
     if T == 1 {
         for m in 0..M {
-            _mm512_storeu_ps(out[j + m].as_mut_ptr(), acc[m]);
+            _mm512_storeu_ps(out.add((j + m) * MAX_TILE), acc[m]);
         }
     }
     M * T
