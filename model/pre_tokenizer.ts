@@ -1,6 +1,6 @@
 /** How a BPE splits a text into words. */
 export interface PreTokenizer {
-  /** The words; joined they are the text. */
+  /** The words; joined they are the text, but for the white space that `whitespace` drops. */
   split(text: string): string[];
   /** Whether a word that is a token is taken whole, whatever the merges say. */
   readonly ignoreMerges: boolean;
@@ -246,6 +246,8 @@ modern-bert mpt olmo jais trillion granite-docling exaone4".split(" "),
   { names: ["superbpe"], steps: [String.raw`\p{N}+`, threes(String.raw`\p{Nd}`)] },
   { names: ["gemma4", "granite-embed-multi-311m"], steps: [LINES], byteLevel: false, addBos: true },
   { names: ["sarvam-moe"], steps: [LINES], byteLevel: false },
+  // White space, of which ▁ stands for the usual one here, only parts words.
+  { names: ["whitespace"], steps: [(text) => text.match(/[^\p{White_Space}▁]+/gu) ?? []], byteLevel: false },
 ];
 
 /** Each name of {@linkcode preTokenizer} and the recipe that it stands for. */

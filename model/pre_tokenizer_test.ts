@@ -27,7 +27,10 @@ Deno.test("preTokenizer: every name splits without losing a character, a long ru
   const tails = new Set([" ", "1"]);
   for (const name of PRE_TOKENIZERS) {
     const { split } = preTokenizer(name);
-    for (const text of golden.strings) assert.equal(split(text).join(""), text);
+    for (const text of golden.strings) {
+      const kept = name === "whitespace" ? text.replaceAll(/[\p{White_Space}▁]/gu, "") : text;
+      assert.equal(split(text).join(""), kept);
+    }
   }
   for (const name of Object.keys(golden.words)) {
     const { split } = preTokenizer(name);
@@ -36,6 +39,12 @@ Deno.test("preTokenizer: every name splits without losing a character, a long ru
       assert.equal(split(text).join(""), text);
     }
   }
+});
+
+Deno.test("preTokenizer: whitespace drops what parts its words, whatever white space it is", () => {
+  const { split, byteLevel } = preTokenizer("whitespace");
+  assert.deepEqual(split("▁中文 vectors,\u3000\n\t two\u0085x "), ["中文", "vectors,", "two", "x"]);
+  assert.deepEqual([split(" \n"), split(""), byteLevel], [[], [], false]);
 });
 
 Deno.test("preTokenizer: an unknown name stands for default, with a warning that says so", () => {

@@ -165,6 +165,14 @@ Deno.test("tokenizerOf: an unknown pre-tokenizer warns, an unknown model is refu
   assert.throws(() => tokenizerOf(gguf), /"rwkv"; supported are/);
 });
 
+Deno.test("tokenizerOf: words that white space parts are merged as characters, in lower case where the file says so", () => {
+  const words: [string, number][] = [["ab", 1], ["中", 1], ["<unk>", 2]];
+  const lower: [string, Value] = ["tokenizer.ggml.normalizer.lowercase", { bool: 1 }];
+  const unknown: [string, Value] = ["tokenizer.ggml.unknown_token_id", { u32: 2 }];
+  assert.deepEqual(vocabulary(words, [pre("whitespace"), lower]).encode(" AB\n中  ab "), [0, 1, 0]);
+  assert.deepEqual(vocabulary(words, [pre("whitespace"), unknown]).encode("Q ab"), [2, 0]);
+});
+
 Deno.test("tokenizerOf: what ends an answer", () => {
   const of = (...tokens: [string, number][]) => [...vocabulary(tokens, [pre("gpt-2")]).eosIds].sort();
   assert.deepEqual(of(["<|im_start|>", 3], ["<|im_end|>", 3], ["</s>", 1]), [1]);

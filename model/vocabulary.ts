@@ -86,7 +86,12 @@ export function tokenizerOf(gguf: GgufFile): Tokenizer {
     return value;
   };
   const bpe = model === "gpt2" || model === "gemma4";
-  const pre = preTokenizer(model === "gemma4" ? "gemma4" : m.string("tokenizer.ggml.pre") ?? "default");
+  const preName = model === "gemma4" ? "gemma4" : m.string("tokenizer.ggml.pre") ?? "default";
+  let pre = preTokenizer(preName);
+  if (preName === "whitespace" && m.boolean("tokenizer.ggml.normalizer.lowercase") === true) {
+    const { split } = pre;
+    pre = { ...pre, split: (text) => split(text.toLowerCase()) };
+  }
   const eosId = id("eos") ?? defaults.eos;
   const vocabulary: Vocabulary = {
     tokens,
