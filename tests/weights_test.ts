@@ -243,18 +243,24 @@ async function expected(path: string): Promise<number[][]> {
   return await answers(one.engine);
 }
 
-function test(name: string, fn: () => Promise<void>): void {
-  Deno.test({ name: `weights over the bus: ${name}`, ignore: nats.absent, fn });
-}
-
-test("workers without the file get their layers and no more, are given them by peers, and answer as one process does", async () => {
-  await using site = await Site.create();
+/** An engine that two workers without the file serve, and the answers of one process, which it gave. */
+async function servedByTwo(site: Site): Promise<{ engine: Engine; right: number[][] }> {
   const right = await expected(site.path);
   await site.offer();
   site.work("a");
   site.work("b");
   const engine = await site.serve({ workers: 2, shards: 2 });
   assert.deepEqual(await answers(engine), right);
+  return { engine, right };
+}
+
+function test(name: string, fn: () => Promise<void>): void {
+  Deno.test({ name: `weights over the bus: ${name}`, ignore: nats.absent, fn });
+}
+
+test("workers without the file get their layers and no more, are given them by peers, and answer as one process does", async () => {
+  await using site = await Site.create();
+  const { engine, right } = await servedByTwo(site);
   const stages = engine.stats().stages;
   assert.equal(stages.length, 2);
   let chunks = 0;
@@ -336,12 +342,7 @@ test("a GGUF in three files: workers without them get their layers' chunks of ea
     }
   });
   assert.equal(site.paths.length, 3);
-  const right = await expected(site.path);
-  await site.offer();
-  site.work("a");
-  site.work("b");
-  const engine = await site.serve({ workers: 2, shards: 2 });
-  assert.deepEqual(await answers(engine), right);
+  const { engine } = await servedByTwo(site);
   const { stages } = engine.stats();
   assert.equal(site.total, stages.reduce((sum, { first, end }) => sum + site.share(first, end).length, 0));
   assert(stages.every(({ first, end }) => site.share(first, end).length < 0.6 * site.manifest.chunks));

@@ -153,7 +153,7 @@ pub(crate) const F32_ZERO8: u8 = 12;
 /// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
 /// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm). Of tiles that are
 /// read side by side each has its part of the distance.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 /// The same for `prefetch_near`.
 const NEAR: usize = 1024;
 

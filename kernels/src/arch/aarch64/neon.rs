@@ -5,7 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // planes, halves and quarters are places in several arrays at once
 
-use crate::arch::dot::{dot_kernels, dot_table, Dot};
+use crate::arch::dot::{dot_kernels, dot_table, Dot, AHEAD};
 use crate::arch::vector::Vector;
 use crate::bandwidth;
 use crate::dispatch::{Isa, Kernels, Variant};
@@ -257,10 +257,6 @@ pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
 }
 
 // ---------------------------------------------------------------------------------------------------- lookup
-
-/// How far ahead of its reads the kernel asks for weights: beyond the end of a 4 KiB page, where prefetching by the processor
-/// stops, and of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
-const AHEAD: usize = 4096;
 
 /// The lookup kernel for a form of bit planes, if there is one.
 fn bits_variants(form: PackedForm) -> &'static [Variant] {

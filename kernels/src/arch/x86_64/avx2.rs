@@ -5,7 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // planes, halves and quarters are places in several arrays at once
 
-use crate::arch::dot::{dot_kernels, dot_table, Dot};
+use crate::arch::dot::{dot_kernels, dot_table, Dot, AHEAD};
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
@@ -268,10 +268,6 @@ unsafe fn scales(args: &TileArgs, group: *const u8, quarter: usize, a: f32) -> _
     let at = group.add(args.form.group_code_bytes() + 16 * quarter);
     _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_set1_ps(a))
 }
-
-/// How far ahead of its reads a kernel asks for weights: across the end of a 4 KiB page, where hardware prefetching stops, and
-/// of a tile (the next follows it in memory; beyond the last there is nothing to fetch, which does no harm).
-const AHEAD: usize = 4096;
 
 /// Asks for the lines of `bytes` bytes that lie `AHEAD` of `from`.
 #[inline(always)]
