@@ -18,7 +18,7 @@ import { WireError } from "./errors.ts";
  * The epoch names one placement of the model: messages of another epoch are of no account. Steps number the micro-batches
  * of an epoch, so that a message received twice is recognised.
  */
-export const WIRE_VERSION = 3;
+export const WIRE_VERSION = 4;
 /** Bytes of the header. */
 export const HEADER_BYTES = 24;
 
