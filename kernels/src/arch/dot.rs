@@ -25,6 +25,8 @@ pub(crate) trait Dot {
     const PLACED: bool = false;
     /// Whether `pair` and `dot_pairs` are cheaper than two products of i32.
     const PAIRS: bool = false;
+    /// Whether `digits` are negated: 0 ..= −2.
+    const NEGATED_DIGITS: bool = false;
     /// Tiles that `flat` multiplies at once: with two, activations are loaded once for both. Then LANES are all rows of a tile.
     const TILES: usize = 1;
 
@@ -245,7 +247,7 @@ unsafe fn mask<D: Dot>(v: D::Int, m: u8) -> D::Int {
 
 /// The codes at k = 4·s .. 4·s + 4 of a unit, 32 k. `at` points to the register's rows in the unit's first word.
 #[inline(always)]
-unsafe fn code<D: Dot, const CODES: u8>(at: *const u8, s: usize) -> D::Int {
+pub(super) unsafe fn code<D: Dot, const CODES: u8>(at: *const u8, s: usize) -> D::Int {
     // The lower part.
     let low = match CODES {
         1 => D::field(word::<D>(at, 0), s as u32, 1),
@@ -500,6 +502,24 @@ unsafe fn placed_total<D: Dot>(sums: &[D::Int; SUMS], width: usize) -> D::Int {
     total
 }
 
+/// Whether groups have zero points.
+#[inline(always)]
+pub(super) const fn has_zeros(scale: u8) -> bool {
+    matches!(scale, F16_ZERO4 | F32_ZERO4) || is_wide_zero(scale)
+}
+
+/// Zero points of a chunk's rows; `scales` is what is behind the codes.
+#[inline(always)]
+pub(super) unsafe fn zeros<D: Dot, const SCALE: u8>(scales: *const u8, chunk: usize) -> D::Int {
+    let d_bytes = if matches!(SCALE, F32_ZERO4 | F32_ZERO8) { 4 } else { 2 };
+    let zeros = scales.add(d_bytes * FIELD_TILE + D::LANES / 2 * chunk);
+    if !is_wide_zero(SCALE) {
+        return D::nibbles(zeros);
+    }
+    let zero = D::or(D::nibbles(zeros), D::shl(D::nibbles(zeros.add(FIELD_TILE / 2)), 4));
+    D::sub(zero, D::splat(128)) // as the codes
+}
+
 /// Whether zero points have 8 bits.
 #[inline(always)]
 const fn is_wide_zero(scale: u8) -> bool {
@@ -518,15 +538,8 @@ unsafe fn finish<D: Dot, const SCALE: u8>(
     acc: &mut D::Float,
 ) {
     let a = D::splat_float(*args.scales.get_unchecked(at));
-    let has_zeros = matches!(SCALE, F16_ZERO4 | F16_ZERO8 | F32_ZERO4 | F32_ZERO8);
-    let sum = if has_zeros {
-        let d_bytes = if matches!(SCALE, F32_ZERO4 | F32_ZERO8) { 4 } else { 2 };
-        let zeros = scales.add(d_bytes * FIELD_TILE + D::LANES / 2 * chunk);
-        let mut zero = D::nibbles(zeros);
-        if is_wide_zero(SCALE) {
-            zero = D::or(zero, D::shl(D::nibbles(zeros.add(FIELD_TILE / 2)), 4));
-            zero = D::sub(zero, D::splat(128)); // as the codes
-        }
+    let sum = if has_zeros(SCALE) {
+        let zero = zeros::<D, SCALE>(scales, chunk);
         D::sub(sum, D::mul(zero, D::splat(*args.sums.get_unchecked(at))))
     } else {
         sum
@@ -817,6 +830,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
             // Of digits in place 0 to 3, of the fifth.
             let mut sums = [[D::splat(0); 5]; N];
             for (n, sums) in sums.iter_mut().enumerate() {
+                let offset = if D::NEGATED_DIGITS { -offset } else { offset };
                 sums[0] = D::splat(offset * *args.sums.get_unchecked((args.first + j + n) * groups + g));
             }
             for word in 0..words {
@@ -856,6 +870,9 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
                         sum = D::add(D::sar(sum, 2), sums[step]);
                     }
                     sum = D::add(sum, sums[4]);
+                }
+                if D::NEGATED_DIGITS {
+                    sum = D::sub(D::splat(0), sum);
                 }
                 finish::<D, F16>(args, d, scales, chunk, at, sum, &mut acc[n][chunk]);
             }

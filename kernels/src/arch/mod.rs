@@ -76,7 +76,7 @@ mod tests {
                         codes.fill_with(|| extreme.unwrap_or_else(|| random() % limit) as u8);
                         let w = PackedMatrix::from_codes(form, 37, cols, &codes, 0x2e66, 0xad21);
                         // The last: 64 and 49 rows, for tiles 16 × 4, 16 × 2, 16 and a rest.
-                        for n in [1, 2, 5, 9, 113] {
+                        for n in [1, 2, 5, 11, 113] {
                             let mut x: Vec<f32> = vec![0.0; n * cols];
                             x.fill_with(|| random() as f32 / (1u64 << 30) as f32 - 1.0);
                             if extreme.is_some() {

@@ -308,8 +308,9 @@ fn extreme_sums_are_exact() {
     ] {
         let k = 512;
         let src = source(ty, 32 * k, Weights::Fill(byte), &mut Random::new(0));
-        for sign in [1.0f32, -1.0] {
-            let x = vec![127.0 * sign; k]; // d = 1, so that the product is the integer itself
+        // Of rows one, and as many as some kernels take otherwise: by four, by two, and one.
+        for (sign, n) in [(1.0f32, 1), (1.0, 7), (-1.0, 1), (-1.0, 7)] {
+            let x = vec![127.0 * sign; n * k]; // d = 1, so that the product is the integer itself
             for ks in available() {
                 let w = pack_as(ks.form(ty), ty, &src, 32, k, &pool).unwrap();
                 let y = product(ks, &w, &x, &pool);

@@ -3,11 +3,12 @@
 //! Its intrinsics are not stable yet: `neon::Rows` has the instructions as assembler. All else is NEON's.
 
 use super::neon::{self, Lanes};
+use super::panel::{self, panel_kernels};
 use crate::arch::dot::{dot_kernels, dot_table};
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileOut};
 use crate::ops::float_ops;
-use crate::pack::{Codes, PackedForm, SourceType};
+use crate::pack::{Codes, PackedForm};
 
 /// The set, if this machine can run it.
 pub(crate) fn kernels() -> Option<&'static Kernels> {
@@ -17,24 +18,22 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
 static KERNELS: Kernels = Kernels {
     isa: Isa::NeonDotprod,
     variants,
-    preferred,
+    preferred: neon::preferred,
     quantize: neon::quantize,
     build_tables: neon::build_tables,
     ops: float_ops!(Lanes, "neon"),
     read: neon::read,
 };
 
-/// Lookup for one bit only: a dot product of codes takes a mask and the product itself, however few their bits.
-fn preferred(ty: SourceType) -> PackedForm {
-    neon::with_planes_up_to(1, ty)
-}
-
 fn variants(form: PackedForm) -> &'static [Variant] {
     match form.codes {
         Codes::Float(_) | Codes::Planes(_) => neon::variants(form),
+        _ if panel::decoder(form, true).is_some() => with_panels(form),
         _ => dot_variants(form),
     }
 }
 
 dot_kernels!(neon::Rows<true>, "neon,dotprod");
 dot_table!(dot_variants, neon::Rows<true>, Codes::Trits);
+panel_kernels!(true, "neon,dotprod");
+dot_table!(with_panels, neon::Rows<true>, Codes::Trits, PANEL);

@@ -5,6 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // planes, halves and quarters are places in several arrays at once
 
+use super::panel::{self, panel_kernels};
 use crate::arch::dot::{dot_kernels, dot_table, Dot, AHEAD};
 use crate::arch::vector::Vector;
 use crate::bandwidth;
@@ -24,15 +25,11 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
 static KERNELS: Kernels =
     Kernels { isa: Isa::Neon, variants, preferred, quantize, build_tables, ops: float_ops!(Lanes, "neon"), read };
 
-/// Lookup for one and two bits: multiplying takes as long for every width, as long as lookup for three.
-fn preferred(ty: SourceType) -> PackedForm {
-    with_planes_up_to(2, ty)
-}
-
-/// The form for lookup if the type has one of at most so many bits.
-pub(super) fn with_planes_up_to(bits: u8, ty: SourceType) -> PackedForm {
+/// Lookup for one bit only: a product takes as long however few the bits, with two as long as lookup or, for many rows of
+/// activations, less.
+pub(super) fn preferred(ty: SourceType) -> PackedForm {
     let candidates = PackedForm::candidates(ty);
-    let planes = candidates.iter().find(|form| matches!(form.codes, Codes::Planes(n) if n <= bits));
+    let planes = candidates.iter().find(|form| form.codes == Codes::Planes(1));
     *planes.unwrap_or(&candidates[0])
 }
 
@@ -45,12 +42,15 @@ pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
         Codes::Float(FloatKind::F16) => const { &[float(float_f16)] },
         Codes::Float(FloatKind::Bf16) => const { &[float(float_bf16)] },
         Codes::Planes(_) => bits_variants(form),
+        _ if panel::decoder(form, false).is_some() => with_panels(form),
         _ => dot_variants(form),
     }
 }
 
 dot_kernels!(Rows<false>, "neon");
 dot_table!(dot_variants, Rows<false>, Codes::Trits);
+panel_kernels!(false, "neon");
+dot_table!(with_panels, Rows<false>, Codes::Trits, PANEL);
 
 // ---------------------------------------------------------------------------------------------------- float lanes
 
@@ -481,7 +481,7 @@ unsafe fn add_weighted(sums: &mut [uint16x8_t], bytes: uint8x16_t, weight: usize
 pub(super) struct Rows<const DOTPROD: bool>;
 
 #[inline(always)]
-fn as_bytes(v: int32x4_t) -> int8x16_t {
+pub(super) fn as_bytes(v: int32x4_t) -> int8x16_t {
     // SAFETY: every bit pattern is valid for both.
     unsafe { vreinterpretq_s8_s32(v) }
 }
@@ -494,7 +494,7 @@ fn as_unsigned(v: int32x4_t) -> uint8x16_t {
 
 /// Adds products of four bytes of each lane with four of `a`, those in 32-bit lane `lane`.
 #[inline(always)]
-unsafe fn sdot(acc: int32x4_t, w: int32x4_t, a: int8x16_t, lane: usize) -> int32x4_t {
+pub(super) unsafe fn sdot(acc: int32x4_t, w: int32x4_t, a: int8x16_t, lane: usize) -> int32x4_t {
     macro_rules! by_lane {
         ($lane:literal) => {{
             let mut acc = acc;
@@ -515,7 +515,7 @@ unsafe fn sdot(acc: int32x4_t, w: int32x4_t, a: int8x16_t, lane: usize) -> int32
 /// Adds products of signed bytes, of the lower and of the upper eight. As assembler, because from intrinsics LLVM makes 16-bit
 /// multiplications, half as many at a time, where it sees that codes are not negative.
 #[inline(always)]
-unsafe fn add_products(sums: [int16x8_t; 2], a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
+pub(super) unsafe fn add_products(sums: [int16x8_t; 2], a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
     let [mut low, mut high] = sums;
     // SAFETY: NEON has the instructions.
     asm!("smlal {low:v}.8h, {a:v}.8b, {b:v}.8b", "smlal2 {high:v}.8h, {a:v}.16b, {b:v}.16b", low = inout(vreg) low,
@@ -525,7 +525,7 @@ unsafe fn add_products(sums: [int16x8_t; 2], a: int8x16_t, b: int8x16_t) -> [int
 
 /// Products of signed bytes; see `add_products`.
 #[inline(always)]
-unsafe fn products(a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
+pub(super) unsafe fn products(a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
     let (low, high);
     // SAFETY: NEON has the instructions.
     asm!("smull {low:v}.8h, {a:v}.8b, {b:v}.8b", "smull2 {high:v}.8h, {a:v}.16b, {b:v}.16b", low = out(vreg) low,
@@ -533,9 +533,31 @@ unsafe fn products(a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
     [low, high]
 }
 
+/// The same value in every byte. As assembler, because LLVM would make the constant anew wherever it is used.
+#[inline(always)]
+unsafe fn limit<const VALUE: u8>() -> uint8x16_t {
+    let out;
+    // SAFETY: NEON has the instruction.
+    asm!("movi {out:v}.16b, #{value}", out = lateout(vreg) out, value = const VALUE,
+        options(pure, nomem, nostack, preserves_flags));
+    out
+}
+
+/// Bytes times 3, of which the low 8 bits remain. As assembler, because of several LLVM makes multiplications, which take longer
+/// and meet others that have no choice of units.
+#[inline(always)]
+unsafe fn tripled(bytes: uint8x16_t) -> uint8x16_t {
+    let out;
+    // SAFETY: NEON has the instructions.
+    asm!("add {twice:v}.16b, {bytes:v}.16b, {bytes:v}.16b", "add {out:v}.16b, {twice:v}.16b, {bytes:v}.16b",
+        twice = out(vreg) _, bytes = in(vreg) bytes, out = lateout(vreg) out,
+        options(pure, nomem, nostack, preserves_flags));
+    out
+}
+
 /// The four bytes in 32-bit lane `lane`, in every lane.
 #[inline(always)]
-unsafe fn broadcast(a: int8x16_t, lane: usize) -> int8x16_t {
+pub(super) unsafe fn broadcast(a: int8x16_t, lane: usize) -> int8x16_t {
     let a = vreinterpretq_s32_s8(a);
     vreinterpretq_s8_s32(match lane {
         0 => vdupq_laneq_s32::<0>(a),
@@ -567,6 +589,7 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
     type Float = float32x4_t;
     const LANES: usize = 4;
     const SIGNED_BIAS: i32 = 0;
+    const NEGATED_DIGITS: bool = !DOTPROD;
 
     #[inline(always)]
     unsafe fn splat(value: i32) -> int32x4_t {
@@ -682,9 +705,21 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
     unsafe fn lookup(table: &'static [i8; 16], index: int32x4_t) -> int32x4_t {
         vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(table.as_ptr()), as_unsigned(index)))
     }
-    /// `Codes::Trits`: the high byte of 27·q is the first three digits, of 9 times the low byte the last two.
+    /// `Codes::Trits`: the high byte of 27·q is the first three digits, of 9 times the low byte the last two. On processors
+    /// without dot products looking up takes longer than comparing, which gives −1 for true: a byte's first digit is 0 below
+    /// 86, 1 below 171, else 2 (⌊3·q / 256⌋, for every q); times 3 brings up the next.
     #[inline(always)]
     unsafe fn digits(bytes: int32x4_t) -> [int32x4_t; 5] {
+        if !DOTPROD {
+            let mut q = as_unsigned(bytes);
+            let mut out = [vdupq_n_s32(0); 5];
+            for digit in &mut out {
+                let (one, two) = (vcgtq_u8(q, limit::<85>()), vcgtq_u8(q, limit::<170>()));
+                *digit = vreinterpretq_s32_u8(vaddq_u8(one, two));
+                q = tripled(q);
+            }
+            return out;
+        }
         static DIGITS: [[u8; 32]; 3] = {
             let mut tables = [[0; 32]; 3];
             let mut i = 0;
