@@ -2,7 +2,8 @@
 //!
 //! A piece of work is one KV head and a tile of neighbouring tokens of a sequence: keys and values are read once for all of
 //! the tile's tokens and heads. Where there are few such pieces, each is divided by ranges of positions, which are
-//! always computed by themselves and merged in order (`ops::attention`). So how work is divided does not show in the result.
+//! always computed by themselves and merged in order (`ops::attention`) by the thread that finishes the last of them. So how
+//! work is divided does not show in the result.
 
 use crate::dispatch::Kernels;
 use crate::kv::{KvCache, Slot, BLOCK_TOKENS};
@@ -38,8 +39,16 @@ struct Piece {
     rows: Range<usize>,
     head: usize,
     ranges: Range<usize>,
-    /// Place of the ranges' results among partial results, one after the other; `None` if all ranges are here.
-    partial: Option<usize>,
+    /// What this is a part of, and the place of the ranges' results among partial results; `None` if all ranges are here.
+    part_of: Option<(usize, usize)>,
+}
+
+/// A piece that was divided.
+struct Divided {
+    /// Place of its results, one range's after the other.
+    partials: Range<usize>,
+    /// Parts that are not finished.
+    left: AtomicUsize,
 }
 
 /// Scratch of one thread.
@@ -76,7 +85,7 @@ pub fn attend(
     let tiles = tiles(rows, (TILE_ROWS / group).max(1));
     let pieces_wanted = PIECES * pool.threads();
     let split = pool.threads() > 1 && tiles.len() * kv_heads < pieces_wanted;
-    let mut pieces = Vec::new();
+    let (mut pieces, mut divided) = (Vec::new(), Vec::new());
     let mut len = 0;
     // The longest first.
     for tile in tiles.iter().rev() {
@@ -84,13 +93,17 @@ pub fn attend(
         for head in 0..kv_heads {
             if split && seen.len() > 1 {
                 let some = seen.len().div_ceil(pieces_wanted.div_ceil(tiles.len() * kv_heads));
+                let size = partial_len(tile.len() * group, dim);
+                let whole = len..len + seen.len() * size;
                 for first in seen.clone().step_by(some) {
                     let ranges = first..seen.end.min(first + some);
-                    pieces.push(Piece { rows: tile.clone(), head, ranges: ranges.clone(), partial: Some(len) });
-                    len += ranges.len() * partial_len(tile.len() * group, dim);
+                    let part_of = Some((divided.len(), len));
+                    len += ranges.len() * size;
+                    pieces.push(Piece { rows: tile.clone(), head, ranges, part_of });
                 }
+                divided.push(Divided { partials: whole, left: AtomicUsize::new(seen.len().div_ceil(some)) });
             } else {
-                pieces.push(Piece { rows: tile.clone(), head, ranges: seen.clone(), partial: None });
+                pieces.push(Piece { rows: tile.clone(), head, ranges: seen.clone(), part_of: None });
             }
         }
     }
@@ -102,14 +115,26 @@ pub fn attend(
         SCRATCH.with_borrow_mut(|scratch| {
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let size = partial_len(piece.rows.len() * group, dim);
-                match piece.partial {
-                    Some(at) => {
+                match piece.part_of {
+                    Some((whole, at)) => {
                         // SAFETY: pieces have places of their own, within the length just set.
                         let parts = unsafe { partial.slice(at, piece.ranges.len() * size) };
                         let mut parts = parts.chunks_exact_mut(size);
                         past.compute(ks, piece, rows, q, wide, scratch, |part| {
                             parts.next().expect("a place for each range").copy_from_slice(part);
                         });
+                        // Acquires what the other parts' threads released when they had written theirs.
+                        let Divided { partials, left } = &divided[whole];
+                        if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                            // SAFETY: all parts are written, and this thread alone was the last.
+                            let all = unsafe { partial.slice(partials.start, partials.len()) };
+                            let (total, parts) = all.split_at_mut(size);
+                            parts
+                                .chunks_exact(size)
+                                .for_each(|part| ops::merge(ks, piece.rows.len() * group, total, part));
+                            // SAFETY: these heads of these rows are the divided piece's alone.
+                            unsafe { finish(ks, piece, total, dim, wide, target) };
+                        }
                     }
                     None => {
                         let mut total = std::mem::take(&mut scratch.total);
@@ -129,21 +154,6 @@ pub fn attend(
             }
         });
     });
-    let mut rest = &mut partials[..len];
-    let mut pieces = pieces.iter().filter(|piece| piece.partial.is_some()).peekable();
-    while let Some(piece) = pieces.next() {
-        let mut ranges = piece.ranges.len();
-        while let Some(other) = pieces.next_if(|other| other.head == piece.head && other.rows == piece.rows) {
-            ranges += other.ranges.len();
-        }
-        let size = partial_len(piece.rows.len() * group, dim);
-        let (parts, others) = rest.split_at_mut(ranges * size);
-        rest = others;
-        let (total, parts) = parts.split_at_mut(size);
-        parts.chunks_exact(size).for_each(|part| ops::merge(ks, piece.rows.len() * group, total, part));
-        // SAFETY: no thread works any more.
-        unsafe { finish(ks, piece, total, dim, wide, target) };
-    }
 }
 
 /// Neighbouring rows of the same sequence, at most `most` together.

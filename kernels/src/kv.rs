@@ -1,6 +1,7 @@
 //! The KV cache: blocks of 32 positions shared by all sequences of a shard.
 //!
-//! A block has a slot of each layer and KV head: keys by dimension, 32 positions next to each other, then values by position.
+//! A block has a slot of each layer and KV head: keys by dimension, 32 positions next to each other, then values by position, 32
+//! dimensions of all positions after the other, so that attention, which takes so many at a time, reads both in order.
 //! With 8-bit codes the scales of the positions' keys, then of their values, follow. Slots of a layer and head lie together
 //! in order of blocks, so that what attention reads is one stream. The memory is one anonymous map that costs only what is
 //! touched: of each layer and head at least a huge page, where the system has them (attention at a context of 2048 takes an
@@ -15,6 +16,8 @@ use std::collections::{HashMap, HashSet};
 
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = 32;
+/// Dimensions of a value that lie together.
+pub(crate) const VALUE_DIMS: usize = 32;
 
 /// What a shard remembers of a sequence.
 #[derive(Default, Debug, Clone)]
@@ -41,7 +44,7 @@ struct Saved {
 pub(crate) struct Slot {
     /// `head_dim` × 32.
     pub keys: *const u8,
-    /// 32 × `head_dim`.
+    /// For every `VALUE_DIMS` dimensions, fewer at the end, 32 × as many.
     pub values: *const u8,
     /// 32 each; only of `KvType::Q8`.
     pub key_scales: *const f32,
@@ -263,10 +266,14 @@ impl KvCache {
         fn put<const N: usize>(to: &mut [u8], place: usize, bytes: [u8; N]) {
             to[place * N..(place + 1) * N].copy_from_slice(&bytes);
         }
-        let first = position * self.head_dim;
+        let dim = self.head_dim;
         for (is_key, x) in [(true, k), (false, v)] {
             let to = if is_key { &mut *keys } else { &mut *values };
-            let place = |i: usize| if is_key { i * BLOCK_TOKENS + position } else { first + i };
+            let value_place = |i: usize| {
+                let chunk = i / VALUE_DIMS * VALUE_DIMS;
+                chunk * BLOCK_TOKENS + position * VALUE_DIMS.min(dim - chunk) + i - chunk
+            };
+            let place = |i: usize| if is_key { i * BLOCK_TOKENS + position } else { value_place(i) };
             match self.kind {
                 KvType::F32 => x.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes())),
                 KvType::F16 => {

@@ -4,9 +4,10 @@
 //! The order of every sum is fixed by positions alone. Positions come in blocks of `BLOCK_TOKENS` and ranges of `RANGE`,
 //! both counted from position 0.
 //! - A score is one chain of fma over the head's dimensions; lanes of a vector are positions.
-//! - A block raises the running maximum; where that grows, what was summed is multiplied by e^(old − new). Then its
-//!   weights e^(score − maximum), at least e^−44, are added: their sum in 16 lanes, position j to lane j mod 16, and each dimension of the
-//!   result by one chain of fma in order of position; lanes of a vector are dimensions.
+//! - A block with a score more than `SLACK` above the running maximum raises that to its largest, and what was summed is
+//!   multiplied by e^(old − new). Then its weights e^(score − maximum), at least e^−44, are added: their sum in 16 lanes,
+//!   position j to lane j mod 16, and each dimension of the result by one chain of fma in order of position; lanes of a vector
+//!   are dimensions.
 //! - A range starts anew and ends with the lanes added as `ops::dot` adds them. Ranges are merged in order (`merge`).
 //!
 //! So no lane meets another before a range ends, and any width of vector gives the same bits. Positions that a row does
@@ -15,15 +16,18 @@
 use super::exp::{exp_lanes, exp_weight};
 use crate::arch::vector::{Vector, MAX_LANES};
 use crate::descriptor::KvType;
-use crate::kv::{Slot, BLOCK_TOKENS};
+use crate::kv::{Slot, BLOCK_TOKENS, VALUE_DIMS};
 use std::ops::Range;
 
 /// Positions that are summed by themselves before they are merged with others.
 pub const RANGE: usize = 256;
-/// Floats that a row of results is padded to: whole vectors, several at a time.
-const PAD: usize = 32;
+/// Floats that a row of results is padded to: whole vectors, several at a time. As many dimensions of values lie together.
+const PAD: usize = VALUE_DIMS;
 /// Virtual lanes of the sum of weights.
 const LANES: usize = super::LANES;
+/// How far scores may lie above the running maximum before it is raised to theirs. Weights stay below e^8, and sums need seldom be
+/// brought to another maximum, which the next block's would wait for.
+const SLACK: f32 = 8.0;
 /// Rows from which on a block is converted to f32 once, instead of by every few rows.
 const CONVERTED: usize = 9;
 
@@ -166,11 +170,10 @@ unsafe fn range<V: Vector, E: Element>(task: &Task, work: &mut Work, out: &mut [
         if count * group < CONVERTED || size_of::<E>() == size_of::<f32>() {
             block::<V, E>(task, slot, [keys, values], [next_keys, next_values], seeing, bounds, &mut rows);
         } else {
-            let known = bounds(first + count - 1).end * dim;
             work.keys.resize((dim * BLOCK_TOKENS).max(work.keys.len()), 0.0);
             work.values.resize((dim * BLOCK_TOKENS).max(work.values.len()), 0.0);
             convert::<V, E>(keys, dim * BLOCK_TOKENS, &mut work.keys, next_keys);
-            convert::<V, E>(values, known, &mut work.values, next_values);
+            convert::<V, E>(values, dim * BLOCK_TOKENS, &mut work.values, next_values);
             let converted = [work.keys.as_ptr(), work.values.as_ptr()];
             block::<V, f32>(task, slot, converted, converted, seeing, bounds, &mut rows);
         }
@@ -200,11 +203,15 @@ unsafe fn convert<V: Vector, E: Element>(from: *const E, n: usize, to: &mut [f32
 /// Bytes of a cache line, near enough.
 const LINE: usize = 64;
 
+/// How much further than the next slot is asked for, whose memory the slot after it mostly follows: hardware prefetching then
+/// meets the beginning of a page, where it has to start anew, before its lines are waited for (5 % of the time from memory).
+const FURTHER: usize = 1024;
+
 /// Asks for what lies at vector `p` of some from `next` on, if a line starts there: called beside loads of another slot's.
 #[inline(always)]
 unsafe fn prefetch<V: Vector, E: Element>(next: *const E, p: usize) {
     if p * V::LANES * size_of::<E>() % LINE == 0 {
-        V::prefetch(next.wrapping_add(p * V::LANES).cast());
+        V::prefetch(next.wrapping_add(p * V::LANES).cast::<u8>().wrapping_add(FURTHER));
     }
 }
 
@@ -234,16 +241,13 @@ unsafe fn block<V: Vector, E: Element>(
             _ => scores::<V, E, 4>(queries, [keys, next_keys], dim, weights),
         };
     }
-    for token in seeing.clone() {
-        for row in token * group..(token + 1) * group {
-            soften::<V>(task, slot, bounds(token), row, rows);
-        }
-    }
     let mut row = seeing.start * group;
     while row < last {
-        // Some rows that see the same.
+        // Some rows that see the same, as many as `weigh` takes at once.
         let seen = bounds(row / group);
         let same = (row..last).take(most_rows::<V>()).take_while(|row| bounds(row / group) == seen).count();
+        let same = if same < 8 { same.min(4) } else { 8 };
+        soften::<V>(task, slot, seen.clone(), row..row + same, rows);
         let weights = rows.weights.as_ptr().add(row * BLOCK_TOKENS);
         let sums = rows.sums.as_mut_ptr().add(row * padded(dim));
         row += match same {
@@ -313,63 +317,84 @@ unsafe fn scores<V: Vector, E: Element, const N: usize>(
     N
 }
 
-/// A row's scores to weights, at most 1 each, with what was summed before brought to the same maximum.
+/// The largest scores of a block, lane by lane.
 #[inline(always)]
-unsafe fn soften<V: Vector>(task: &Task, slot: &Slot, seen: Range<usize>, row: usize, rows: &mut Rows) {
-    let weights = &mut rows.weights[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
-    let lanes = &mut rows.lanes[row * LANES..][..LANES];
+unsafe fn lane_max<V: Vector>(scores: &[f32]) -> V {
+    let mut largest = V::splat(f32::NEG_INFINITY);
+    for scores in scores.chunks_exact(V::LANES) {
+        largest = V::load(scores.as_ptr()).max(largest);
+    }
+    largest
+}
+
+/// Scores of some rows that see the same to weights, with what was summed before brought to the same maximum. Each step is taken
+/// for all rows before the next one: a row's alone would wait for every result.
+#[inline(always)]
+unsafe fn soften<V: Vector>(task: &Task, slot: &Slot, seen: Range<usize>, some: Range<usize>, rows: &mut Rows) {
+    assert!(some.len() <= MAX_LANES);
     let at = |v: usize| v * V::LANES;
     let vectors = BLOCK_TOKENS / V::LANES;
     let scaled = task.kind == KvType::Q8;
-    if scaled || task.soft_cap.is_some() {
+    let weights = &mut rows.weights[some.start * BLOCK_TOKENS..some.end * BLOCK_TOKENS];
+    for weights in weights.chunks_exact_mut(BLOCK_TOKENS) {
+        if scaled || task.soft_cap.is_some() {
+            for v in 0..vectors {
+                let mut score = V::load(weights.as_ptr().add(at(v)));
+                if scaled {
+                    score = score.mul(V::load(slot.key_scales.add(at(v))));
+                }
+                if let Some(cap) = task.soft_cap {
+                    // tanh(x) = 1 − 2 / (e^2x + 1)
+                    let (cap, one) = (V::splat(cap), V::splat(1.0));
+                    let e = exp_lanes(score.div(cap).mul(V::splat(2.0)));
+                    score = cap.mul(one.sub(V::splat(2.0).div(e.add(one))));
+                }
+                score.store(weights.as_mut_ptr().add(at(v)));
+            }
+        }
+        if seen.len() < BLOCK_TOKENS {
+            weights[..seen.start].fill(f32::NEG_INFINITY);
+            weights[seen.end..].fill(f32::NEG_INFINITY);
+        }
+    }
+    // The most by which any row's largest score is too large. A score that is NaN is not greater, so a lane keeps what it had; it
+    // shows in the weights.
+    let mut above = V::splat(f32::NEG_INFINITY);
+    for (weights, &max) in weights.chunks_exact(BLOCK_TOKENS).zip(&rows.max[some.clone()]) {
+        above = lane_max::<V>(weights).sub(V::splat(max + SLACK)).max(above);
+    }
+    if above.reduce_max() > 0.0 {
+        for (row, weights) in some.clone().zip(weights.chunks_exact(BLOCK_TOKENS)) {
+            let (before, max) = (rows.max[row], lane_max::<V>(weights).reduce_max());
+            if max > before + SLACK {
+                let factor = exp_weight(V::splat(before - max));
+                let lanes = &mut rows.lanes[row * LANES..][..LANES];
+                let sums = &mut rows.sums[row * padded(task.dim)..][..padded(task.dim)];
+                for place in lanes.chunks_exact_mut(V::LANES).chain(sums.chunks_exact_mut(V::LANES)) {
+                    V::load(place.as_ptr()).mul(factor).store(place.as_mut_ptr());
+                }
+                rows.max[row] = max;
+            }
+        }
+    }
+    for (row, weights) in some.zip(weights.chunks_exact_mut(BLOCK_TOKENS)) {
+        let max = V::splat(rows.max[row]);
         for v in 0..vectors {
-            let mut score = V::load(weights.as_ptr().add(at(v)));
+            let place = weights.as_mut_ptr().add(at(v));
+            exp_weight(V::load(place).sub(max)).store(place);
+        }
+        if seen.len() < BLOCK_TOKENS {
+            weights[..seen.start].fill(0.0);
+            weights[seen.end..].fill(0.0);
+        }
+        for v in 0..vectors {
+            let place = weights.as_mut_ptr().add(at(v));
+            let weight = V::load(place);
+            let lane = rows.lanes.as_mut_ptr().add(row * LANES + at(v) % LANES);
+            V::load(lane).add(weight).store(lane);
             if scaled {
-                score = score.mul(V::load(slot.key_scales.add(at(v))));
+                weight.mul(V::load(slot.value_scales.add(at(v)))).store(place);
             }
-            if let Some(cap) = task.soft_cap {
-                // tanh(x) = 1 − 2 / (e^2x + 1)
-                let (cap, one) = (V::splat(cap), V::splat(1.0));
-                let e = exp_lanes(score.div(cap).mul(V::splat(2.0)));
-                score = cap.mul(one.sub(V::splat(2.0).div(e.add(one))));
-            }
-            score.store(weights.as_mut_ptr().add(at(v)));
-        }
-    }
-    if seen.len() < BLOCK_TOKENS {
-        weights[..seen.start].fill(f32::NEG_INFINITY);
-        weights[seen.end..].fill(f32::NEG_INFINITY);
-    }
-    let mut largest = V::splat(f32::NEG_INFINITY);
-    for v in 0..vectors {
-        // A score that is NaN is not greater, so the lane keeps what it had; it shows in the weights.
-        largest = V::load(weights.as_ptr().add(at(v))).max(largest);
-    }
-    let (before, largest) = (rows.max[row], largest.reduce_max());
-    let max = if largest > before { largest } else { before };
-    if max > before {
-        let factor = exp_weight(V::splat(before - max));
-        let sums = &mut rows.sums[row * padded(task.dim)..][..padded(task.dim)];
-        for place in lanes.chunks_exact_mut(V::LANES).chain(sums.chunks_exact_mut(V::LANES)) {
-            V::load(place.as_ptr()).mul(factor).store(place.as_mut_ptr());
-        }
-        rows.max[row] = max;
-    }
-    for v in 0..vectors {
-        let place = weights.as_mut_ptr().add(at(v));
-        exp_weight(V::load(place).sub(V::splat(max))).store(place);
-    }
-    if seen.len() < BLOCK_TOKENS {
-        weights[..seen.start].fill(0.0);
-        weights[seen.end..].fill(0.0);
-    }
-    for v in 0..vectors {
-        let place = weights.as_mut_ptr().add(at(v));
-        let weight = V::load(place);
-        let lane = lanes.as_mut_ptr().add(at(v) % LANES);
-        V::load(lane).add(weight).store(lane);
-        if scaled {
-            weight.mul(V::load(slot.value_scales.add(at(v)))).store(place);
         }
     }
 }
@@ -383,12 +408,13 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
     seen: Range<usize>,
     sums: *mut f32,
 ) -> usize {
-    /// `P` vectors of dimensions, of which `left` are the head's; WHOLE: all of them.
+    /// `P` vectors of dimensions, of which `left` are the head's; WHOLE: all of them. Positions are `stride` apart, sums of rows
+    /// `width`.
     #[inline(always)]
     unsafe fn some<V: Vector, E: Element, const N: usize, const P: usize, const WHOLE: bool>(
         weights: *const f32,
         [values, next]: [*const E; 2],
-        dim: usize,
+        [stride, width]: [usize; 2],
         left: usize,
         seen: Range<usize>,
         sums: *mut f32,
@@ -396,14 +422,14 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
         let mut acc = [[V::zero(); P]; N];
         for (n, acc) in acc.iter_mut().enumerate() {
             for (p, acc) in acc.iter_mut().enumerate() {
-                *acc = V::load(sums.add(n * padded(dim) + p * V::LANES));
+                *acc = V::load(sums.add(n * width + p * V::LANES));
             }
         }
         for j in seen {
             let mut v = [V::zero(); P];
             for (p, v) in v.iter_mut().enumerate() {
-                prefetch::<V, E>(next.wrapping_add(j * dim), p);
-                let from = values.wrapping_add(j * dim + p * V::LANES);
+                prefetch::<V, E>(next.wrapping_add(j * stride), p);
+                let from = values.wrapping_add(j * stride + p * V::LANES);
                 *v = if WHOLE { E::load(from) } else { E::load_some(from, left.saturating_sub(p * V::LANES)) };
             }
             for (n, acc) in acc.iter_mut().enumerate() {
@@ -415,19 +441,23 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
         }
         for (n, acc) in acc.iter().enumerate() {
             for (p, acc) in acc.iter().enumerate() {
-                acc.store(sums.add(n * padded(dim) + p * V::LANES));
+                acc.store(sums.add(n * width + p * V::LANES));
             }
         }
     }
     let wide = N <= 2 && V::LANES == 8;
     let step = if wide { 4 * V::LANES } else { 2 * V::LANES };
     for d in (0..dim).step_by(step) {
-        let (values, sums, left) = ([values.add(d), next.wrapping_add(d)], sums.add(d), dim - d);
+        // `VALUE_DIMS` dimensions of every position, then the next ones.
+        let chunk = d / VALUE_DIMS * VALUE_DIMS;
+        let at = chunk * BLOCK_TOKENS + d - chunk;
+        let (values, sums, left) = ([values.add(at), next.wrapping_add(at)], sums.add(d), dim - d);
+        let (apart, seen) = ([VALUE_DIMS.min(dim - chunk), padded(dim)], seen.clone());
         match (wide, left >= step) {
-            (true, true) => some::<V, E, N, 4, true>(weights, values, dim, left, seen.clone(), sums),
-            (true, false) => some::<V, E, N, 4, false>(weights, values, dim, left, seen.clone(), sums),
-            (false, true) => some::<V, E, N, 2, true>(weights, values, dim, left, seen.clone(), sums),
-            (false, false) => some::<V, E, N, 2, false>(weights, values, dim, left, seen.clone(), sums),
+            (true, true) => some::<V, E, N, 4, true>(weights, values, apart, left, seen, sums),
+            (true, false) => some::<V, E, N, 4, false>(weights, values, apart, left, seen, sums),
+            (false, true) => some::<V, E, N, 2, true>(weights, values, apart, left, seen, sums),
+            (false, false) => some::<V, E, N, 2, false>(weights, values, apart, left, seen, sums),
         }
     }
     N
