@@ -55,6 +55,8 @@ pub struct Variant {
     pub(crate) widths: &'static [usize],
     /// Whether it reads lookup tables (`quantize::Table`).
     pub tables: bool,
+    /// Whether it reads blocks of scales (`matmul::Block`).
+    pub(crate) blocks: bool,
 }
 
 /// The kernels of one instruction set.

@@ -14,6 +14,22 @@ use std::ops::Range;
 /// Activation rows that a tile kernel takes at once.
 pub(crate) const BATCH: usize = 64;
 
+/// Activation rows whose scales and sums of a group may lie together (`Block`).
+pub(crate) const BLOCK: usize = 16;
+
+/// A group of neighbouring activation rows.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Block {
+    pub scales: [f32; BLOCK],
+    /// Σ a, exact: no sum of int8 codes of a group is as large as 2^24.
+    pub sums: [f32; BLOCK],
+}
+
+impl Block {
+    const ZERO: Block = Block { scales: [0.0; BLOCK], sums: [0.0; BLOCK] };
+}
+
 /// Codes behind the last activation that kernels may read; they meet digits of 0.
 pub(crate) const ACTIVATION_PAD: usize = 16;
 
@@ -66,6 +82,8 @@ pub(crate) struct TileArgs<'a> {
     /// The matrix's scale, for `ScaleKind::Tensor`.
     pub scale: f32,
     pub tables: &'a [Table],
+    /// Scales and sums once more, every group of the first `BLOCK` rows, then of the next; of whole blocks alone.
+    pub blocks: &'a [Block],
 }
 
 /// `out[j][row]`, for activation row `first + j`, the rows of all tiles: there are no more than `MAX_TILE`.
@@ -99,9 +117,11 @@ struct Quantized {
     sums16: Vec<i16>,
     sums32: Vec<i16>,
     tables: Vec<Table>,
+    blocks: Vec<Block>,
     /// What of it belongs to the current activations.
     current: bool,
     has_tables: bool,
+    has_blocks: bool,
 }
 
 /// To how many bits activations are rounded, a scale for each group of weights. Float weights take them as they are.
@@ -203,11 +223,12 @@ impl Activations {
             let group = form.act_group();
             assert!(k % group == 0, "prepare: rows of {k} are not groups of {group}");
             let tables = ks.variants(*form).iter().any(|variant| variant.tables);
+            let blocks = ks.variants(*form).iter().any(|variant| variant.blocks);
             let at = self.quantized.iter().position(|q| q.group == group).unwrap_or_else(|| {
                 self.quantized.push(Quantized::new(group));
                 self.quantized.len() - 1
             });
-            self.quantized[at].prepare(ks, x, [n, k], self.precision, tables, pool);
+            self.quantized[at].prepare(ks, x, [n, k], self.precision, [tables, blocks], pool);
         }
     }
 }
@@ -222,8 +243,10 @@ impl Quantized {
             sums16: Vec::new(),
             sums32: Vec::new(),
             tables: Vec::new(),
+            blocks: Vec::new(),
             current: false,
             has_tables: false,
+            has_blocks: false,
         }
     }
 
@@ -233,19 +256,38 @@ impl Quantized {
         unsafe { std::slice::from_raw_parts(self.codes.as_ptr().cast(), self.codes.len() * Line::LEN) }
     }
 
+    /// Makes `blocks` of `rows` rows of `groups`.
+    fn gather(&mut self, rows: usize, groups: usize, pool: &Pool) {
+        let whole = rows / BLOCK;
+        self.blocks.resize(whole * groups, Block::ZERO);
+        let (scales, sums, blocks) = (&self.scales, &self.sums, Shared(self.blocks.as_mut_ptr()));
+        pool.run(whole, &|i| {
+            // SAFETY: part i takes the groups of block i, within the length just set.
+            let blocks = unsafe { blocks.slice(i * groups, groups) };
+            for (m, row) in (i * BLOCK..(i + 1) * BLOCK).enumerate() {
+                let of_row = row * groups..(row + 1) * groups;
+                for (block, (&scale, &sum)) in blocks.iter_mut().zip(scales[of_row.clone()].iter().zip(&sums[of_row])) {
+                    (block.scales[m], block.sums[m]) = (scale, sum as f32);
+                }
+            }
+        });
+    }
+
     fn prepare(
         &mut self,
         ks: &Kernels,
         x: &[f32],
         [n, k]: [usize; 2],
         precision: Precision,
-        tables: bool,
+        [tables, blocks]: [bool; 2],
         pool: &Pool,
     ) {
         let (quantize, build) = (!self.current, tables && !(self.current && self.has_tables));
+        let gather = blocks && !(self.current && self.has_blocks);
         self.has_tables = tables || self.current && self.has_tables;
+        self.has_blocks = blocks || self.current && self.has_blocks;
         self.current = true;
-        if !quantize && !build {
+        if !quantize && !build && !gather {
             return;
         }
         // From here on lengths are those of all digits of a row.
@@ -291,6 +333,9 @@ impl Quantized {
                 }
             }
         });
+        if gather {
+            self.gather(n * precision.digits(), x_len / group, pool);
+        }
     }
 }
 
@@ -397,6 +442,7 @@ impl<'a> Product<'a> {
             sub_sums: &[],
             scale: w.scale,
             tables: &[],
+            blocks: &[],
         };
         if form.act_group() == 0 {
             assert!(act.has_floats, "matmul: activations were not prepared for {form:?}");
@@ -416,6 +462,10 @@ impl<'a> Product<'a> {
             if variant.tables {
                 assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
                 args.tables = &prepared.tables[..rows * (k / 4)];
+            }
+            if variant.blocks {
+                assert!(prepared.has_blocks, "matmul: activations were prepared for other kernels");
+                args.blocks = &prepared.blocks[..rows / BLOCK * groups];
             }
         }
         // Of activations; the digits of one go together.

@@ -946,7 +946,7 @@ macro_rules! dot_table {
             use $crate::arch::dot::{SUB4_MIN, SUB6, SUB6_MIN, SUB6_OF_32, SUB8};
             use $crate::pack::{Codes, ScaleKind as S, Values};
             const fn dot(tile: $crate::matmul::TileKernel) -> Variant {
-                Variant { name: "dot", tile, tiles: 1, widths: &[8, 4, 2, 1], tables: false }
+                Variant { name: "dot", tile, tiles: 1, widths: &[8, 4, 2, 1], tables: false, blocks: false }
             }
             const fn paired(variant: Variant) -> Variant {
                 Variant { tiles: <$set as $crate::arch::dot::Dot>::TILES, ..variant }

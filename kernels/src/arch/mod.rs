@@ -82,17 +82,22 @@ mod tests {
                             if extreme.is_some() {
                                 x.fill([1.0, -1.0][n % 2]);
                             }
+                            // 40 at once: the second 40 begin within a block of 16.
+                            let widths: &[usize] = if n > 80 { &[usize::MAX, 40] } else { &[usize::MAX] };
                             let mut expected = None;
                             for ks in available() {
-                                for (i, variant) in ks.variants(form).iter().enumerate() {
-                                    let plan = Plan { variant: i, ..Plan::default() };
+                                let variants = ks.variants(form).iter().enumerate();
+                                for ((i, variant), &width) in
+                                    variants.flat_map(|of| widths.iter().map(move |w| (of, w)))
+                                {
+                                    let plan = Plan { variant: i, width, ..Plan::default() };
                                     let (mut act, mut y) = (Activations::new(), vec![0f32; n * w.rows]);
                                     act.prepare(ks, &x, n, cols, &[form], &pool);
                                     matmul_by(plan, ks, &w, &act, &mut y, w.rows, &pool);
                                     let y: Vec<u32> = y.into_iter().map(f32::to_bits).collect();
                                     let expected = expected.get_or_insert_with(|| y.clone());
                                     let what = format!("{} {}", ks.isa, variant.name);
-                                    assert_eq!(&y, expected, "{what} {form:?} × {n}, {extreme:?}");
+                                    assert_eq!(&y, expected, "{what} {form:?} × {n}, {width} at once, {extreme:?}");
                                 }
                             }
                         }

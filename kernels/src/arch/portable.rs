@@ -99,7 +99,7 @@ pub(crate) static KERNELS: Kernels = Kernels {
 /// The kernel for any form, plainly.
 pub(crate) fn variants(form: PackedForm) -> &'static [Variant] {
     const fn plain(tile: TileKernel) -> Variant {
-        Variant { name: "plain", tile, tiles: 1, widths: &[8], tables: false }
+        Variant { name: "plain", tile, tiles: 1, widths: &[8], tables: false, blocks: false }
     }
     match form.codes {
         Codes::Float(FloatKind::F32) => const { &[plain(float_tile::<Lanes, 0>)] },

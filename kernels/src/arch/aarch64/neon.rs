@@ -35,7 +35,7 @@ pub(super) fn preferred(ty: SourceType) -> PackedForm {
 
 pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
     const fn float(tile: TileKernel) -> Variant {
-        Variant { name: "float", tile, tiles: 1, widths: &[8], tables: false }
+        Variant { name: "float", tile, tiles: 1, widths: &[8], tables: false, blocks: false }
     }
     match form.codes {
         Codes::Float(FloatKind::F32) => const { &[float(float_f32)] },
@@ -261,7 +261,7 @@ pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
 /// The lookup kernel for a form of bit planes, if there is one.
 fn bits_variants(form: PackedForm) -> &'static [Variant] {
     const fn lookup(tile: TileKernel) -> Variant {
-        Variant { name: "lookup", tile, tiles: 1, widths: &[8], tables: true }
+        Variant { name: "lookup", tile, tiles: 1, widths: &[8], tables: true, blocks: false }
     }
     let (Codes::Planes(n), Values::Offset(offset)) = (form.codes, form.values) else { return &[] };
     if !matches!(form.scale, ScaleKind::F16 | ScaleKind::F16Min) || form.group % 32 != 0 || form.group > 256 {

@@ -21,7 +21,7 @@ use std::ops::Range;
 
 /// The variant that this kernel is. It leaves fewer rows than `LEAST` to the form's other one.
 pub(super) const fn variant(tile: TileKernel) -> Variant {
-    Variant { name: "panel", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false }
+    Variant { name: "panel", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false, blocks: false }
 }
 
 /// Fewer rows of activations do not make up for decoding.

@@ -14,7 +14,7 @@
 use super::avx512::{self, flat, nested, trits, Rows};
 use crate::arch::dot::{self, dot_table, Dot};
 use crate::dispatch::{Isa, Kernels, Variant};
-use crate::matmul::{TileArgs, TileOut, BATCH};
+use crate::matmul::{TileArgs, TileOut, BATCH, BLOCK};
 use crate::pack::fields::{UNIT, WORD};
 use crate::pack::{Codes, PackedForm, ScaleKind, Values, FIELD_TILE, MAX_TILE};
 use std::arch::asm;
@@ -51,7 +51,7 @@ fn is_permitted() -> bool {
 
 static KERNELS: Kernels = Kernels { isa: Isa::Amx, variants, ..avx512::SET };
 
-const TILES: Variant = Variant { name: "tiles", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false };
+const TILES: Variant = Variant { name: "tiles", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false, blocks: true };
 
 fn variants(form: PackedForm) -> &'static [Variant] {
     match decoder(form) {
@@ -64,6 +64,9 @@ dot_table!(with_tiles, Rows, Codes::IndexedTrits, TILES);
 
 /// k that are decoded at once: no group is larger.
 const CHUNK: usize = 256;
+
+/// Tiles of weights that are decoded together, at most.
+const MOST_TILES: usize = MAX_TILE / FIELD_TILE;
 
 /// A chunk of a tile.
 #[repr(align(64))]
@@ -247,13 +250,15 @@ const NONE: u8 = 0;
 const OF_GROUP: u8 = 1;
 const OF_SUBS: u8 = 2;
 
-/// Adds the products of a decoded chunk, groups `chunk` of the tile, with activation rows `start .. args.count`, a multiple of `M`.
+/// Adds the products of a decoded chunk, groups `chunk` of each of the tiles, with the first `count` activation rows, a multiple
+/// of `M`.
 ///
 /// # Safety
 ///
-/// The machine has AMX, the arguments are as `dot::check` wants them, `out` points to the tile's first sum in a `TileOut`, and of `operand` everything is set that `decoder` sets for the
+/// The machine has AMX, the arguments are as `dot::check` wants them, with `args.first` a multiple of `M` and blocks of all
+/// `count` rows, `out` points to a `TileOut`, and of an operand for each tile everything is set that `decoder` sets for the
 /// form's `chunk.len()` groups.
-type Multiply = unsafe fn(args: &TileArgs, chunk: Range<usize>, operand: *const Operand, start: usize, out: *mut f32);
+type Multiply = unsafe fn(args: &TileArgs, chunk: Range<usize>, operands: *const Operand, count: usize, out: *mut f32);
 
 /// # Safety
 ///
@@ -262,38 +267,43 @@ type Multiply = unsafe fn(args: &TileArgs, chunk: Range<usize>, operand: *const 
 unsafe fn tile(args: &TileArgs, out: &mut TileOut) {
     let form = args.form;
     let groups = dot::check(args, 0, args.count);
-    let rest = args.count % M;
+    // Blocks of scales begin with every 16th row of all.
+    let count = if args.first % M == 0 { args.count / M * M } else { 0 };
+    let rest = args.count - count;
     if rest > 0 {
-        (avx512::variants(form)[0].tile)(&TileArgs { count: rest, ..*args }, out);
+        let first = args.first + count;
+        (avx512::variants(form)[0].tile)(&TileArgs { first, count: rest, ..*args }, out);
+        out.copy_within(..rest, count);
     }
-    if rest == args.count {
+    if count == 0 {
         return;
     }
+    assert!(args.tiles <= MOST_TILES && args.blocks.len() >= (args.first + count) / M * groups);
     let (decode, multiply) = decoder(form).expect("only forms with a decoder have this kernel");
-    for sums in &mut out[rest..args.count] {
+    for sums in &mut out[..count] {
         sums[..args.tiles * FIELD_TILE].fill(0.0);
     }
     // Not initialised as a whole: what a form has no use for is never written, nor read.
-    let mut operand = MaybeUninit::<Operand>::uninit();
+    let mut operands = MaybeUninit::<[Operand; MOST_TILES]>::uninit();
+    let operands = operands.as_mut_ptr().cast::<Operand>();
     let config = Config::new(step(form));
     asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, preserves_flags, readonly));
     let (in_chunk, group_bytes) = (CHUNK / form.group as usize, form.group_tile_bytes());
-    for t in 0..args.tiles {
-        let tile = args.tile.as_ptr().add(t * groups * group_bytes);
-        let columns = out.as_mut_ptr().cast::<f32>().add(t * FIELD_TILE);
-        for first in (0..groups).step_by(in_chunk) {
-            let chunk = first..groups.min(first + in_chunk);
+    for first in (0..groups).step_by(in_chunk) {
+        let chunk = first..groups.min(first + in_chunk);
+        for t in 0..args.tiles {
             for g in chunk.clone() {
-                decode(args, tile.add(g * group_bytes), g - first, operand.as_mut_ptr());
+                let group = args.tile.as_ptr().add((t * groups + g) * group_bytes);
+                decode(args, group, g - first, operands.add(t));
             }
-            multiply(args, chunk, operand.as_ptr(), rest, columns);
         }
+        multiply(args, chunk, operands, count, out.as_mut_ptr().cast());
     }
     asm!("tilerelease", options(nostack, preserves_flags));
 }
 
 /// Activation rows of a tile. Fewer are not worth one: AVX-512's kernels multiply them as fast.
-const M: usize = 16;
+const M: usize = BLOCK;
 
 /// # Safety
 ///
@@ -302,22 +312,102 @@ const M: usize = 16;
 unsafe fn multiply<const DIGITS: usize, const MINIMA: u8>(
     args: &TileArgs,
     chunk: Range<usize>,
-    operand: *const Operand,
-    start: usize,
+    operands: *const Operand,
+    count: usize,
     out: *mut f32,
 ) {
-    let mut j = start;
-    while j < args.count {
-        // As many tiles of activations meet a tile of weights as there are tiles for their sums. Small groups leave their
-        // sums so often that floats are better kept in registers.
-        let left = args.count - j;
-        j += if DIGITS == 1 && left >= 4 * M && args.form.group > 64 {
-            block::<DIGITS, MINIMA, 4>(args, &chunk, operand, j, out)
-        } else if left >= 2 * M && args.form.group > 64 {
-            block::<DIGITS, MINIMA, 2>(args, &chunk, operand, j, out)
-        } else {
-            block::<DIGITS, MINIMA, 1>(args, &chunk, operand, j, out)
+    // Small groups leave their sums so often that floats are better kept in registers.
+    if DIGITS == 1 && MINIMA != OF_SUBS && args.form.group <= 64 {
+        return small_groups::<MINIMA>(args, chunk, operands, count, out);
+    }
+    for t in 0..args.tiles {
+        let (operand, out) = (operands.add(t), out.add(t * FIELD_TILE));
+        let mut j = 0;
+        while j < count {
+            // As many tiles of activations meet a tile of weights as there are tiles for their sums.
+            let left = count - j;
+            j += if DIGITS == 1 && left >= 4 * M {
+                block::<DIGITS, MINIMA, 4>(args, &chunk, operand, j, out)
+            } else if left >= 2 * M {
+                block::<DIGITS, MINIMA, 2>(args, &chunk, operand, j, out)
+            } else {
+                block::<DIGITS, MINIMA, 1>(args, &chunk, operand, j, out)
+            };
+        }
+    }
+}
+
+/// Products that are under way while an older one is added, and places for their sums: what a tile register holds gets into
+/// floats only through the cache, and so many products later it is there.
+const LAG: usize = 3;
+const PLACES: usize = 4;
+
+/// `multiply` of groups that leave the tile registers after an instruction or two.
+///
+/// A product and its store take 33 cycles, whatever else goes on, and adding the sums takes longer: while tiles are busy,
+/// 512-bit floats are converted and multiplied on one port. So the two go on side by side, floats stay in registers over a
+/// chunk, and a group's scales are in one line (`Block`). The tiles of weights meet activations while these are in the L1 cache.
+#[inline(always)]
+unsafe fn small_groups<const MINIMA: u8>(
+    args: &TileArgs,
+    chunk: Range<usize>,
+    operands: *const Operand,
+    count: usize,
+    out: *mut f32,
+) {
+    let mut places = MaybeUninit::<[Sums; PLACES]>::uninit();
+    let places = places.as_mut_ptr().cast::<Sums>();
+    let groups = args.k / args.form.group as usize;
+    let (mut j, mut t, mut g, mut to) = (0, 0, 0, 0);
+    // The next product, into the next place.
+    macro_rules! multiply {
+        () => {
+            if j < count {
+                integers::<1, 1>(args, chunk.start + g, args.first + j, operands.add(t), g, places.add(to));
+                to = (to + 1) % PLACES;
+                g += 1;
+                if g == chunk.len() {
+                    (g, t) = (0, t + 1);
+                }
+                if t == args.tiles {
+                    (t, j) = (0, j + M);
+                }
+            }
         };
+    }
+    for _ in 0..LAG {
+        multiply!();
+    }
+    let mut from = 0;
+    for row in (0..count).step_by(M) {
+        let blocks = args.blocks.as_ptr().add((args.first + row) / M * groups + chunk.start);
+        for tile in 0..args.tiles {
+            let (operand, out) = (operands.add(tile), out.add(row * MAX_TILE + tile * FIELD_TILE));
+            let mut acc = [_mm512_setzero_ps(); M];
+            for m in 0..M {
+                acc[m] = _mm512_loadu_ps(out.add(m * MAX_TILE));
+            }
+            for group in 0..chunk.len() {
+                multiply!();
+                let block = &*blocks.add(group);
+                let mut sums = places.add(from).cast::<__m512i>();
+                // An address as such: with an index beside it the loads would be instructions of their own.
+                asm!("/* {0} */", inout(reg) sums, options(nostack, preserves_flags));
+                for m in 0..M {
+                    let a = _mm512_set1_ps(block.scales[m]);
+                    let sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums.add(m)));
+                    acc[m] = _mm512_fmadd_ps(_mm512_mul_ps((*operand).scales[group], a), sum, acc[m]);
+                    if MINIMA == OF_GROUP {
+                        let sum = _mm512_set1_ps(block.sums[m]);
+                        acc[m] = _mm512_fmadd_ps(_mm512_mul_ps((*operand).minima[group], a), sum, acc[m]);
+                    }
+                }
+                from = (from + 1) % PLACES;
+            }
+            for m in 0..M {
+                _mm512_storeu_ps(out.add(m * MAX_TILE), acc[m]);
+            }
+        }
     }
 }
 
@@ -392,31 +482,16 @@ unsafe fn block<const DIGITS: usize, const MINIMA: u8, const T: usize>(
 ) -> usize {
     let mut sums = MaybeUninit::<[Sums; 4]>::uninit();
     let sums = sums.as_mut_ptr().cast::<Sums>();
-    let mut acc = [_mm512_setzero_ps(); M];
-    if T == 1 {
-        for m in 0..M {
-            acc[m] = _mm512_loadu_ps(out.add((j + m) * MAX_TILE));
-        }
-    }
     for g in 0..chunk.len() {
         integers::<DIGITS, T>(args, chunk.start + g, args.first + j, operand, g, sums);
         for t in 0..T {
             let sums = sums.add(t * DIGITS);
             for m in 0..M {
                 let group = Group { row: args.first + j + t * M + m, index: chunk.start + g, in_chunk: g };
-                if T == 1 {
-                    acc[m] = finish::<DIGITS, MINIMA>(args, operand, group, sums, m, acc[m]);
-                } else {
-                    let at = out.add((j + t * M + m) * MAX_TILE);
-                    let sum = finish::<DIGITS, MINIMA>(args, operand, group, sums, m, _mm512_loadu_ps(at));
-                    _mm512_storeu_ps(at, sum);
-                }
+                let at = out.add((j + t * M + m) * MAX_TILE);
+                let sum = finish::<DIGITS, MINIMA>(args, operand, group, sums, m, _mm512_loadu_ps(at));
+                _mm512_storeu_ps(at, sum);
             }
-        }
-    }
-    if T == 1 {
-        for m in 0..M {
-            _mm512_storeu_ps(out.add((j + m) * MAX_TILE), acc[m]);
         }
     }
     M * T
