@@ -6,11 +6,11 @@ use crate::error::{Error, Result};
 use crate::matmul::TileKernel;
 use crate::ops::FloatOps;
 use crate::pack::{PackedForm, SourceType};
-use crate::quantize::{Quantize, Table};
+use crate::quantize::{Quantize, Tabling};
 use std::fmt;
 
 /// Raised when kernels become faster or slower: what was measured of others counts no more.
-pub(crate) const KERNELS_VERSION: u32 = 5;
+pub(crate) const KERNELS_VERSION: u32 = 6;
 
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub struct Variant {
     pub(crate) tiles: usize,
     /// Rows of activations to give it at once that are worth trying, the usual number first, which is the most.
     pub(crate) widths: &'static [usize],
-    /// Whether it reads lookup tables (`quantize::Table`).
+    /// Whether it reads lookup tables (`quantize::Tabling`).
     pub tables: bool,
     /// Whether it reads blocks of scales (`matmul::Block`).
     pub(crate) blocks: bool,
@@ -71,8 +71,8 @@ pub struct Kernels {
     pub(crate) preferred: fn(SourceType) -> PackedForm,
     /// `quantize::quantize_portable`, with the requirements on lengths stated there.
     pub(crate) quantize: Quantize,
-    /// `quantize::build_tables_portable`.
-    pub(crate) build_tables: unsafe fn(codes: &[i8], tables: &mut [Table]),
+    /// What its look-up kernels look up.
+    pub(crate) tabling: Tabling,
     pub(crate) ops: FloatOps,
     /// Reads every byte of the slice at full width; the result only keeps the reads alive.
     pub(crate) read: unsafe fn(&[u64]) -> u64,

@@ -6,9 +6,9 @@
 
 use crate::arch::vector::Vector;
 use crate::dispatch::{Kernels, Variant};
-use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILE};
+use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILES, PLANE_TILE};
 use crate::pool::Pool;
-use crate::quantize::{quantize16, Table};
+use crate::quantize::{quantize16, TableLine};
 use std::ops::Range;
 
 /// Activation rows that a tile kernel takes at once.
@@ -81,13 +81,14 @@ pub(crate) struct TileArgs<'a> {
     pub sub_sums: &'a [i16],
     /// The matrix's scale, for `ScaleKind::Tensor`.
     pub scale: f32,
-    pub tables: &'a [Table],
+    /// `Tabling::lines` for each group.
+    pub tables: &'a [TableLine],
     /// Scales and sums once more, every group of the first `BLOCK` rows, then of the next; of whole blocks alone.
     pub blocks: &'a [Block],
 }
 
-/// `out[j][row]`, for activation row `first + j`, the rows of all tiles: there are no more than `MAX_TILE`.
-pub(crate) type TileOut = [[f32; MAX_TILE]; BATCH];
+/// `out[j][row]`, for activation row `first + j`, the rows of all tiles.
+pub(crate) type TileOut = [[f32; MAX_TILES]; BATCH];
 
 /// Multiplies tiles, as many as the kernel's `Variant` takes or fewer, with `count` rows of activations.
 ///
@@ -116,7 +117,7 @@ struct Quantized {
     /// Sums of every 16 and of every 32 codes.
     sums16: Vec<i16>,
     sums32: Vec<i16>,
-    tables: Vec<Table>,
+    tables: Vec<TableLine>,
     blocks: Vec<Block>,
     /// What of it belongs to the current activations.
     current: bool,
@@ -293,6 +294,7 @@ impl Quantized {
         // From here on lengths are those of all digits of a row.
         let (x_len, k) = (k, k * precision.digits());
         let (group, groups) = (self.group, k / self.group);
+        let lines = groups * (ks.tabling.lines)(group);
         self.codes.resize((n * k + ACTIVATION_PAD).div_ceil(Line::LEN), Line::ZERO);
         self.scales.resize(n * groups, 0.0);
         self.sums.resize(n * groups, 0);
@@ -301,13 +303,13 @@ impl Quantized {
         self.sums16.resize(n * subs16, 0);
         self.sums32.resize(n * subs32, 0);
         if build {
-            self.tables.resize(n * (k / 4), Table::ZERO);
+            self.tables.resize(n * lines, TableLine::ZERO);
         }
         let codes = Shared(self.codes.as_mut_ptr().cast::<i8>());
         let scales = Shared(self.scales.as_mut_ptr());
         let sums = Shared(self.sums.as_mut_ptr());
         let (sums16, sums32) = (Shared(self.sums16.as_mut_ptr()), Shared(self.sums32.as_mut_ptr()));
-        let table = Shared(self.tables.as_mut_ptr());
+        let tables = Shared(self.tables.as_mut_ptr());
         pool.run(n, &|i| {
             // SAFETY: part i takes row i of each, within the lengths just set. `ks` is usable here (see `Kernels`), and
             // the slices are of the lengths its functions ask for: k is whole groups, and groups are multiples of 4.
@@ -329,7 +331,7 @@ impl Quantized {
                     }
                 }
                 if build {
-                    (ks.build_tables)(codes, table.slice(i * (k / 4), k / 4));
+                    (ks.tabling.build)(codes, group, tables.slice(i * lines, lines));
                 }
             }
         });
@@ -461,7 +463,7 @@ impl<'a> Product<'a> {
             };
             if variant.tables {
                 assert!(prepared.has_tables, "matmul: activations were prepared for other kernels");
-                args.tables = &prepared.tables[..rows * (k / 4)];
+                args.tables = &prepared.tables[..rows * groups * (ks.tabling.lines)(prepared.group)];
             }
             if variant.blocks {
                 assert!(prepared.has_blocks, "matmul: activations were prepared for other kernels");
@@ -487,7 +489,8 @@ impl<'a> Product<'a> {
     /// Activation rows that stay in cache.
     fn block(&self, n: usize) -> usize {
         let TileArgs { form, k, tables, .. } = self.args;
-        let per_row = k * if form.act_group() == 0 { 4 } else { self.digits } + tables.len() / n * size_of::<Table>();
+        let per_row =
+            k * if form.act_group() == 0 { 4 } else { self.digits } + tables.len() / n * size_of::<TableLine>();
         (self.block_bytes / per_row).clamp(1, n).next_multiple_of(self.width)
     }
 }
@@ -502,12 +505,12 @@ fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize
     for start in (0..n).step_by(block) {
         let inputs = start..n.min(start + block);
         pool.run(parts, &|part| {
-            let mut out: TileOut = [[0.0; MAX_TILE]; BATCH];
+            let mut out: TileOut = [[0.0; MAX_TILES]; BATCH];
             let mut share = 0..0;
             for p in products {
                 let tile_rows = p.args.form.tile_rows();
                 // In units of the largest tile, whatever the form.
-                let edge = |part: usize| (p.w.rows.div_ceil(MAX_TILE) * part / parts * MAX_TILE).min(p.w.rows);
+                let edge = |part: usize| (p.w.rows.div_ceil(PLANE_TILE) * part / parts * PLANE_TILE).min(p.w.rows);
                 share = edge(part)..edge(part + 1);
                 for row in share.clone().step_by(tile_rows * p.tiles) {
                     let rows = (tile_rows * p.tiles).min(share.end - row);

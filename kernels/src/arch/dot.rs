@@ -157,7 +157,7 @@ pub(crate) const F32_ZERO8: u8 = 12;
 /// read side by side each has its part of the distance.
 pub(super) const AHEAD: usize = 4096;
 /// The same for `prefetch_near`.
-const NEAR: usize = 1024;
+pub(super) const NEAR: usize = 1024;
 
 /// Registers that the rows of a tile take at most.
 const CHUNKS: usize = FIELD_TILE / 4;

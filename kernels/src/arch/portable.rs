@@ -5,7 +5,7 @@ use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut, BATCH};
 use crate::ops::{bf16_to_f32, f16_to_f32, f32_to_f16, float_ops};
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, MAX_GROUP};
-use crate::quantize::{build_tables_portable, quantize_portable};
+use crate::quantize::{build_tables_portable, quantize_portable, Tabling};
 
 /// Eight floats in an array.
 #[derive(Clone, Copy)]
@@ -91,7 +91,7 @@ pub(crate) static KERNELS: Kernels = Kernels {
     variants,
     preferred: PackedForm::of,
     quantize: quantize_portable,
-    build_tables: build_tables_portable,
+    tabling: Tabling::of_fours(build_tables_portable),
     ops: float_ops!(Lanes),
     read: |words| words.iter().fold(0, |sum, word| sum ^ word),
 };

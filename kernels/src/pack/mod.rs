@@ -30,12 +30,12 @@ pub use source::{dequantize, SourceType};
 pub(crate) use source::{e8m0_half, IQ1_VALUES, IQ2_VALUES, IQ3_S_VALUES, IQ3_XXS_VALUES, IQ4_NL_VALUES, MXFP4_VALUES};
 use std::fmt;
 
-/// Rows in a tile of bit planes.
+/// Rows in a tile of bit planes, the largest there is.
 pub(crate) const PLANE_TILE: usize = 32;
 /// Rows in a tile of other codes and of floats.
 pub(crate) const FIELD_TILE: usize = 16;
-/// Rows in the largest tile.
-pub(crate) const MAX_TILE: usize = 32;
+/// Rows of the most tiles that a kernel takes at once.
+pub(crate) const MAX_TILES: usize = 2 * PLANE_TILE;
 /// The largest group of any form.
 pub(crate) const MAX_GROUP: usize = 256;
 /// The most subs of a group.

@@ -9,6 +9,7 @@ use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, PackedForm};
+use crate::quantize::Tabling;
 
 /// The set, if this machine can run it.
 pub(crate) fn kernels() -> Option<&'static Kernels> {
@@ -20,7 +21,7 @@ static KERNELS: Kernels = Kernels {
     variants,
     preferred: neon::preferred,
     quantize: neon::quantize,
-    build_tables: neon::build_tables,
+    tabling: Tabling::of_fours(neon::build_tables),
     ops: float_ops!(Lanes, "neon"),
     read: neon::read,
 };

@@ -13,7 +13,7 @@ use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
-use crate::quantize::{group_scale, Table};
+use crate::quantize::{group_scale, Table, TableLine, Tabling};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -22,8 +22,15 @@ pub(crate) fn kernels() -> Option<&'static Kernels> {
     std::arch::is_aarch64_feature_detected!("neon").then_some(&KERNELS)
 }
 
-static KERNELS: Kernels =
-    Kernels { isa: Isa::Neon, variants, preferred, quantize, build_tables, ops: float_ops!(Lanes, "neon"), read };
+static KERNELS: Kernels = Kernels {
+    isa: Isa::Neon,
+    variants,
+    preferred,
+    quantize,
+    tabling: Tabling::of_fours(build_tables),
+    ops: float_ops!(Lanes, "neon"),
+    read,
+};
 
 /// Lookup for one bit only: a product takes as long however few the bits, with two as long as lookup or, for many rows of
 /// activations, less.
@@ -237,7 +244,8 @@ pub(super) unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales:
 ///
 /// The machine has NEON; `tables` has one table per four codes.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
+pub(super) unsafe fn build_tables(codes: &[i8], _group: usize, lines: &mut [TableLine]) {
+    let tables = Table::of_mut(lines);
     assert!(codes.len() == 4 * tables.len());
     // Which of the lower eight entries have activation 0, 1, 2; the upper eight are those with activation 3.
     static BITS: [[i16; 8]; 3] = [[0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]];
@@ -313,7 +321,7 @@ fn check(args: &TileArgs, j: usize, m: usize) -> usize {
             && j + m <= args.count
             && args.scales.len() >= rows * groups
             && args.sums.len() >= rows * groups
-            && args.tables.len() >= rows * (args.k / 4)
+            && args.tables.len() >= rows * (args.k / 8)
     );
     groups
 }
@@ -376,7 +384,7 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
                 for m in 0..M {
                     for four in 0..2 {
                         let at = (first + m) * (args.k / 4) + (g * size + block * 32 + octet * 8) / 4 + four;
-                        let table = args.tables.get_unchecked(at);
+                        let table = Table::of(args.tables).get_unchecked(at);
                         let (lows, highs) = (vld1q_u8(table.low.as_ptr()), vld1q_u8(table.high.as_ptr()));
                         for plane in 0..N {
                             for half in 0..2 {

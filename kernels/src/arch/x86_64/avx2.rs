@@ -11,7 +11,7 @@ use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
-use crate::quantize::{group_scale, Table};
+use crate::quantize::{group_scale, Table, TableLine, Tabling};
 use std::arch::x86_64::*;
 
 /// The set, if this machine can run it.
@@ -26,7 +26,7 @@ static KERNELS: Kernels = Kernels {
     variants,
     preferred,
     quantize,
-    build_tables,
+    tabling: Tabling::of_fours(build_tables),
     ops: float_ops!(Lanes, "avx2,fma,f16c"),
     read,
 };
@@ -239,9 +239,10 @@ pub(super) unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales:
 
 /// # Safety
 ///
-/// The machine has AVX2; `tables` has one table per four codes.
+/// The machine has AVX2; there is a table for every four codes.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn build_tables(codes: &[i8], tables: &mut [Table]) {
+unsafe fn build_tables(codes: &[i8], _group: usize, lines: &mut [TableLine]) {
+    let tables = Table::of_mut(lines);
     assert!(codes.len() == 4 * tables.len());
     // Four 0/1 factors for each of eight entries: 0–3 and 8–11, then 4–7 and 12–15, which packing puts into order.
     let factors = |entries: [i32; 8]| entries.map(|i| i & 1 | (i & 2) << 7 | (i & 4) << 14 | (i & 8) << 21);
@@ -361,7 +362,7 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
     let size = args.form.group as usize;
     let group_bytes = args.form.group_tile_bytes();
     let first = args.first + j;
-    assert!(args.tables.len() >= (first + M) * (args.k / 4) && j + M <= args.count);
+    assert!(args.tables.len() >= (first + M) * (args.k / 8) && j + M <= args.count);
     let offset = match args.form.values {
         Values::Offset(offset) => offset as i32,
         _ => 0,
@@ -386,7 +387,7 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
                 for m in 0..M {
                     for half in 0..2 {
                         let at = (first + m) * (args.k / 4) + (g * size + block * 32 + octet * 8) / 4 + half;
-                        let table = args.tables.as_ptr().add(at).cast::<__m128i>();
+                        let table = Table::of(args.tables).as_ptr().add(at).cast::<__m128i>();
                         let low_table = _mm256_broadcastsi128_si256(_mm_load_si128(table));
                         let high_table = _mm256_broadcastsi128_si256(_mm_load_si128(table.add(1)));
                         for plane in 0..N {

@@ -1,9 +1,10 @@
 //! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 16 rows to a register, one instruction for four k of each.
 //!
-//! Float operations other than attention, quantising and table lookup are AVX2's: eight lanes are the virtual vector anyway, and none of them
+//! Float operations other than attention, and quantising, are AVX2's: eight lanes are the virtual vector anyway, and none of them
 //! is what a token waits for.
 
 use super::avx2::{self, Lanes};
+use super::lookup;
 use crate::arch::dot::{dot_kernels, dot_table, Dot};
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
@@ -31,7 +32,7 @@ pub(super) const SET: Kernels = Kernels {
     variants,
     preferred,
     quantize: avx2::quantize,
-    build_tables: avx2::build_tables,
+    tabling: lookup::SIXES,
     ops: FloatOps {
         attend: attend_wide,
         ..float_ops!(Lanes, "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
@@ -48,7 +49,8 @@ fn preferred(ty: SourceType) -> PackedForm {
 
 pub(super) fn variants(form: PackedForm) -> &'static [Variant] {
     match form.codes {
-        Codes::Float(_) | Codes::Planes(_) => avx2::variants(form),
+        Codes::Float(_) => avx2::variants(form),
+        Codes::Planes(_) => lookup::variants(form),
         _ => dot_variants(form),
     }
 }
