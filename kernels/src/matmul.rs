@@ -6,9 +6,10 @@
 
 use crate::arch::vector::Vector;
 use crate::dispatch::{Kernels, Variant};
-use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, MAX_TILES, PLANE_TILE};
+use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, PLANE_TILE};
 use crate::pool::Pool;
 use crate::quantize::{quantize16, TableLine};
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Activation rows that a tile kernel takes at once.
@@ -87,8 +88,18 @@ pub(crate) struct TileArgs<'a> {
     pub blocks: &'a [Block],
 }
 
-/// `out[j][row]`, for activation row `first + j`, the rows of all tiles.
-pub(crate) type TileOut = [[f32; MAX_TILES]; BATCH];
+/// `out[j][row]`, for activation row `first + j`, the rows of all tiles; those from `PLANE_TILE` on, which are of a second tile of
+/// planes, in `out[BATCH + j]`.
+pub(crate) type TileOut = [[f32; PLANE_TILE]; 2 * BATCH];
+
+/// Rows begin in lines of the cache.
+#[repr(align(64))]
+struct Aligned(TileOut);
+
+thread_local! {
+    /// What kernels write to. Kept, as making it anew, 16 KiB of zeros, takes a few per cent of a small product's time.
+    static OUT: RefCell<Aligned> = const { RefCell::new(Aligned([[0.0; PLANE_TILE]; 2 * BATCH])) };
+}
 
 /// Multiplies tiles, as many as the kernel's `Variant` takes or fewer, with `count` rows of activations.
 ///
@@ -505,35 +516,41 @@ fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize
     for start in (0..n).step_by(block) {
         let inputs = start..n.min(start + block);
         pool.run(parts, &|part| {
-            let mut out: TileOut = [[0.0; MAX_TILES]; BATCH];
             let mut share = 0..0;
-            for p in products {
-                let tile_rows = p.args.form.tile_rows();
-                // In units of the largest tile, whatever the form.
-                let edge = |part: usize| (p.w.rows.div_ceil(PLANE_TILE) * part / parts * PLANE_TILE).min(p.w.rows);
-                share = edge(part)..edge(part + 1);
-                for row in share.clone().step_by(tile_rows * p.tiles) {
-                    let rows = (tile_rows * p.tiles).min(share.end - row);
-                    let tiles = rows.div_ceil(tile_rows);
-                    let mut args = TileArgs { tile: p.w.tiles_from(row / tile_rows, tiles), tiles, ..p.args };
-                    for first in inputs.clone().step_by(p.width) {
-                        let count = p.width.min(inputs.end - first);
-                        (args.first, args.count) = (first * p.digits, count * p.digits);
-                        // SAFETY: `Product::new` had kernels that are usable on this machine, and cut the slices.
-                        unsafe { (p.kernel)(&args, &mut out) };
-                        if p.digits == 2 {
-                            for j in 0..count {
-                                out[j] = std::array::from_fn(|row| out[2 * j][row] + out[2 * j + 1][row]);
+            OUT.with_borrow_mut(|Aligned(out)| {
+                for p in products {
+                    let tile_rows = p.args.form.tile_rows();
+                    // In units of the largest tile, whatever the form.
+                    let edge = |part: usize| (p.w.rows.div_ceil(PLANE_TILE) * part / parts * PLANE_TILE).min(p.w.rows);
+                    share = edge(part)..edge(part + 1);
+                    for row in share.clone().step_by(tile_rows * p.tiles) {
+                        let rows = (tile_rows * p.tiles).min(share.end - row);
+                        let tiles = rows.div_ceil(tile_rows);
+                        let mut args = TileArgs { tile: p.w.tiles_from(row / tile_rows, tiles), tiles, ..p.args };
+                        for first in inputs.clone().step_by(p.width) {
+                            let count = p.width.min(inputs.end - first);
+                            (args.first, args.count) = (first * p.digits, count * p.digits);
+                            // SAFETY: `Product::new` had kernels that are usable on this machine, and cut the slices.
+                            unsafe { (p.kernel)(&args, out) };
+                            if p.digits == 2 {
+                                for out in out.chunks_exact_mut(BATCH).take(rows.div_ceil(PLANE_TILE)) {
+                                    for j in 0..count {
+                                        out[j] = std::array::from_fn(|row| out[2 * j][row] + out[2 * j + 1][row]);
+                                    }
+                                }
                             }
-                        }
-                        for (j, sums) in out.iter().enumerate().take(count) {
-                            // SAFETY: within `y` by the check in `Product::new`; rows of this tile are written by this
-                            // part alone, as edges are multiples of tiles.
-                            unsafe { p.y.slice((first + j) * p.y_stride + row, rows) }.copy_from_slice(&sums[..rows]);
+                            for j in 0..count {
+                                // SAFETY: within `y` by the check in `Product::new`; rows of this tile are written by this
+                                // part alone, as edges are multiples of tiles.
+                                let y = unsafe { p.y.slice((first + j) * p.y_stride + row, rows) };
+                                for (y, out) in y.chunks_mut(PLANE_TILE).zip(out.chunks_exact(BATCH)) {
+                                    y.copy_from_slice(&out[j][..y.len()]);
+                                }
+                            }
                         }
                     }
                 }
-            }
+            });
             finish(inputs.clone(), share);
         });
     }

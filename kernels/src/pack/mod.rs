@@ -34,8 +34,6 @@ use std::fmt;
 pub(crate) const PLANE_TILE: usize = 32;
 /// Rows in a tile of other codes and of floats.
 pub(crate) const FIELD_TILE: usize = 16;
-/// Rows of the most tiles that a kernel takes at once.
-pub(crate) const MAX_TILES: usize = 2 * PLANE_TILE;
 /// The largest group of any form.
 pub(crate) const MAX_GROUP: usize = 256;
 /// The most subs of a group.

@@ -16,7 +16,7 @@ use crate::arch::dot::{self, dot_table, Dot};
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileOut, BATCH, BLOCK};
 use crate::pack::fields::{UNIT, WORD};
-use crate::pack::{Codes, PackedForm, ScaleKind, Values, FIELD_TILE, MAX_TILES};
+use crate::pack::{Codes, PackedForm, ScaleKind, Values, FIELD_TILE, PLANE_TILE};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -382,10 +382,10 @@ unsafe fn small_groups<const MINIMA: u8>(
     for row in (0..count).step_by(M) {
         let blocks = args.blocks.as_ptr().add((args.first + row) / M * groups + chunk.start);
         for tile in 0..args.tiles {
-            let (operand, out) = (operands.add(tile), out.add(row * MAX_TILES + tile * FIELD_TILE));
+            let (operand, out) = (operands.add(tile), out.add(row * PLANE_TILE + tile * FIELD_TILE));
             let mut acc = [_mm512_setzero_ps(); M];
             for m in 0..M {
-                acc[m] = _mm512_loadu_ps(out.add(m * MAX_TILES));
+                acc[m] = _mm512_loadu_ps(out.add(m * PLANE_TILE));
             }
             for group in 0..chunk.len() {
                 multiply!();
@@ -405,7 +405,7 @@ unsafe fn small_groups<const MINIMA: u8>(
                 from = (from + 1) % PLACES;
             }
             for m in 0..M {
-                _mm512_storeu_ps(out.add(m * MAX_TILES), acc[m]);
+                _mm512_storeu_ps(out.add(m * PLANE_TILE), acc[m]);
             }
         }
     }
@@ -488,7 +488,7 @@ unsafe fn block<const DIGITS: usize, const MINIMA: u8, const T: usize>(
             let sums = sums.add(t * DIGITS);
             for m in 0..M {
                 let group = Group { row: args.first + j + t * M + m, index: chunk.start + g, in_chunk: g };
-                let at = out.add((j + t * M + m) * MAX_TILES);
+                let at = out.add((j + t * M + m) * PLANE_TILE);
                 let sum = finish::<DIGITS, MINIMA>(args, operand, group, sums, m, _mm512_loadu_ps(at));
                 _mm512_storeu_ps(at, sum);
             }

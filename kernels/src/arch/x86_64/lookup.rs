@@ -13,7 +13,7 @@
 use super::avx512::Rows;
 use crate::arch::dot::{check, Dot, NEAR};
 use crate::dispatch::Variant;
-use crate::matmul::{TileArgs, TileKernel, TileOut};
+use crate::matmul::{TileArgs, TileKernel, TileOut, BATCH};
 use crate::pack::{Codes, PackedForm, ScaleKind, Values, PLANE_TILE as TILE};
 use crate::quantize::{TableLine, Tabling};
 use std::arch::asm;
@@ -328,7 +328,7 @@ unsafe fn rows<const N: usize, const Z: usize, const T: usize, const M: usize>(
     }
     for m in 0..M {
         for t in 0..args.tiles.min(T) {
-            let to = out[j + m].as_mut_ptr().add(t * TILE);
+            let to = out[t * BATCH + j + m].as_mut_ptr();
             for half in 0..2 {
                 let acc = acc[m][t][half];
                 _mm256_storeu_ps(to.add(8 * half), _mm512_castps512_ps256(acc));
