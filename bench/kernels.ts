@@ -104,7 +104,12 @@ if (import.meta.main) {
     .parse(Deno.args, { from: "user" }).opts<Flags>();
   try {
     const { rows, cost, fits } = await benchKernels(flags, (row) => {
-      if (flags.json === true) console.log(JSON.stringify(row));
+      if (flags.json === true) return console.log(JSON.stringify(row));
+      // All types take a quarter of an hour: show that it goes on.
+      const { form, codes, kernel, isa, threads, batch, gweights } = row;
+      console.error(
+        `${form} ${codes} ${kernel}, ${isa}, ${threads} threads, batch ${batch}: ${gweights.toFixed(1)} Gweights/s`,
+      );
     });
     if (flags.json === true) { for (const row of [...cost, ...fits]) console.log(JSON.stringify(row)); }
     else console.log([...describeKernels(rows), "", ...describeCost(cost), "", ...describeFits(fits)].join("\n"));
