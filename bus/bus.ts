@@ -67,7 +67,7 @@ export interface Bus {
    * @throws {BusError} when the connection is lost meanwhile.
    */
   flush(): Promise<void>;
-  /** Whether it reaches the others now. */
+  /** Whether it reaches the others now; once closed it never does. */
   readonly state: BusState;
   /**
    * Tells when the connection is lost and when it is there again. Messages published or on their way in between are lost;

@@ -110,7 +110,7 @@ export class InProcessBus implements Bus {
   }
 
   get state(): BusState {
-    return "connected";
+    return this.#closed ? "disconnected" : "connected";
   }
 
   /** Calls nobody: the connection is never lost. */

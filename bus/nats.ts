@@ -114,7 +114,7 @@ export class NatsBus implements Bus {
   }
 
   get state(): BusState {
-    return this.#state;
+    return this.#isClosed ? "disconnected" : this.#state;
   }
 
   /** Version of the server. */
@@ -305,8 +305,13 @@ export class NatsBus implements Bus {
     } catch { /* a broken reporter must not break the bus either */ }
   }
 
+  /** Whether it was closed, or its client has given up. */
+  get #isClosed(): boolean {
+    return this.#closing !== undefined || this.#nc.isClosed();
+  }
+
   #checkOpen(): void {
-    if (this.#closing !== undefined || this.#nc.isClosed()) throw new BusClosedError("the bus is closed");
+    if (this.#isClosed) throw new BusClosedError("the bus is closed");
   }
 }
 

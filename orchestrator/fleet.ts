@@ -550,8 +550,9 @@ export class Fleet {
 
   /** Begins replicas on devices that nobody needs. */
   #spread(): void {
-    const { cost } = this.#options;
-    if (this.#closing !== undefined || !this.#isSeveral) return;
+    const { bus, cost } = this.#options;
+    // Over a bus that is away nothing begins; it may be closed before its users.
+    if (this.#closing !== undefined || !this.#isSeveral || bus.state === "disconnected") return;
     // Who has nothing has the first choice.
     if (this.#members.some(({ claimed }) => claimed.length === 0)) return;
     for (const replica of this.#former.splice(0)) {

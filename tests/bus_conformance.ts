@@ -193,6 +193,7 @@ export function busConformance(name: string, factory: BusFactory): void {
     await bus.close();
     await bus.close();
     await bus.flush();
+    assert.equal(bus.state, "disconnected");
     assert.throws(() => bus.publish("a", bytes()), BusClosedError);
     assert.throws(() => bus.subscribe("a", () => {}), BusClosedError);
     assert.throws(() => bus.watch(() => {}), BusClosedError);
