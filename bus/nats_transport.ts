@@ -60,7 +60,7 @@ class DirectTransport implements Transport {
   #first: Uint8Array = new Uint8Array();
   /** Frames that wait for the socket. */
   #frames: Uint8Array[] = [];
-  #writing: Promise<void> | undefined;
+  #writing = false;
   #connected = false;
   #done = false;
   closeError?: Error;
@@ -140,11 +140,12 @@ class DirectTransport implements Transport {
     if (this.#secure !== undefined) return this.#secure.send(frame);
     if (this.#done) return;
     this.#frames.push(frame);
-    this.#writing ??= this.#write();
+    if (!this.#writing) void this.#write();
   }
 
   /** Writes all frames. What cannot be written the reader learns, or the client's pings. */
   async #write(): Promise<void> {
+    this.#writing = true;
     try {
       for (let frame = this.#frames.shift(); frame !== undefined; frame = this.#frames.shift()) {
         for (let from = 0; from < frame.byteLength;) from += await this.#conn!.write(frame.subarray(from));
@@ -152,22 +153,20 @@ class DirectTransport implements Transport {
     } catch {
       this.#frames = [];
     } finally {
-      this.#writing = undefined;
+      this.#writing = false;
     }
   }
 
   async close(error?: Error): Promise<void> {
     if (this.#secure !== undefined) return await this.#secure.close(error);
-    if (!this.#connected) this.discard();
-    else if (error !== undefined) this.#end(error);
-    else this.disconnect();
+    if (this.#connected) this.#end(error);
+    else this.discard();
   }
 
   disconnect(): void {
     if (this.#secure !== undefined) return this.#secure.disconnect();
-    // What was sent leaves before, unless the other end takes nothing any more.
-    if (this.#writing === undefined) this.#end(undefined);
-    else this.#writing.then(() => this.#end(undefined));
+    // At once: to an end that takes nothing any more a write never comes to its end. Who wants all to leave flushes before.
+    this.#end(undefined);
   }
 
   closed(): Promise<void | Error> {
