@@ -102,7 +102,8 @@ pub(crate) trait Dot {
     unsafe fn lookup(table: &'static [i8; 16], index: Self::Int) -> Self::Int;
     /// The five digits of bytes of trits, in the layout that the implementation's forms use.
     unsafe fn digits(bytes: Self::Int) -> [Self::Int; 5];
-    /// With `PLACED`: the first four digits in two bits each from the lowest on, and the fifth.
+    /// With `PLACED`: the first four digits in two bits each from the lowest on, and the fifth in the upper two of its byte, whose
+    /// others have anything.
     #[inline(always)]
     unsafe fn packed_digits(_bytes: Self::Int) -> [Self::Int; 2] {
         unreachable!("only with PLACED")
@@ -827,7 +828,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
     for g in 0..groups {
         let group = args.tile.as_ptr().add(g * group_bytes);
         for chunk in 0..FIELD_TILE / D::LANES {
-            // Of digits in place 0 to 3, of the fifth.
+            // Of digits in place 0 to 3, of the fifth, which is in place 3 too.
             let mut sums = [[D::splat(0); 5]; N];
             for (n, sums) in sums.iter_mut().enumerate() {
                 let offset = if D::NEGATED_DIGITS { -offset } else { offset };
@@ -844,7 +845,7 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
                 if placed {
                     let [first, last] = D::packed_digits(w);
                     for step in 0..5 {
-                        let digit = if step < 4 { mask::<D>(first, 3 << (2 * step)) } else { last };
+                        let digit = mask::<D>(if step < 4 { first } else { last }, 3 << (2 * step.min(3)));
                         for (n, sums) in sums.iter_mut().enumerate() {
                             sums[step] = D::dot(sums[step], digit, four(a.add(n * args.k + 4 * step)));
                         }
@@ -865,11 +866,10 @@ pub(crate) unsafe fn trits<D: Dot, const SIZE: usize, const N: usize>(args: &Til
                 let at = (args.first + j + n) * groups + g;
                 let mut sum = sums[0];
                 if placed {
-                    sum = sums[3];
+                    sum = D::add(sums[3], sums[4]);
                     for step in (0..3).rev() {
                         sum = D::add(D::sar(sum, 2), sums[step]);
                     }
-                    sum = D::add(sum, sums[4]);
                 }
                 if D::NEGATED_DIGITS {
                     sum = D::sub(D::splat(0), sum);

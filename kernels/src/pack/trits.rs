@@ -6,8 +6,9 @@
 //! `Trits` keeps the digits as a binary fraction: digits d0…d4 make v = Σ d_n·3^(4−n), stored as ceil(256·v / 243);
 //! multiplying by 3 carries out the first digit and leaves the fraction of the rest (as in ggml's TQ1_0).
 //!
-//! `IndexedTrits` is for lookup in tables of 128 bytes: with c = d0 + 3·d1 + 9·d2 + 27·d3 (0 … 80), d4 < 2 is stored as
-//! c | d4 << 7. Of the indices 81 … 127, which that leaves, d4 = 2 takes 81 + c (c < 47), and 81 + c − 47 with bit 7 set.
+//! `IndexedTrits` is for lookup in tables of 64 bytes: with c = d0 + 3·d1 + 9·d2 + 27·d3 (0 … 80), c < 64 is stored as c | d4 << 6,
+//! so that the upper two bits are the last digit as it stands. Where both are set, which that leaves, the lower six are an
+//! index of the others: (c − 64) + 17·d4 (0 … 50).
 
 use super::FIELD_TILE;
 
@@ -16,10 +17,12 @@ pub(crate) fn words(group: usize) -> usize {
     group.div_ceil(20)
 }
 
-/// Combinations of the first four digits.
-const FIRST_FOUR: u8 = 81;
-/// Of those with d4 = 2, how many have bit 7 clear.
-const CLEAR: u8 = 128 - FIRST_FOUR;
+/// Combinations of the first four digits that stand beside the last digit.
+const BESIDE: u8 = 64;
+/// How many others there are.
+const OTHERS: u8 = 81 - BESIDE;
+/// Their upper bits: their bytes are the largest.
+pub(crate) const MARK: u8 = 3 << 6;
 
 pub(super) const fn encode(indexed: bool, d: [u8; 5]) -> u8 {
     if !indexed {
@@ -27,10 +30,10 @@ pub(super) const fn encode(indexed: bool, d: [u8; 5]) -> u8 {
         return (value * 256).div_ceil(243) as u8;
     }
     let c = d[0] + 3 * d[1] + 9 * d[2] + 27 * d[3];
-    match d[4] {
-        2 if c < CLEAR => FIRST_FOUR + c,
-        2 => (FIRST_FOUR + c - CLEAR) | 0x80,
-        bit => c | bit << 7,
+    if c < BESIDE {
+        d[4] << 6 | c
+    } else {
+        MARK | (c - BESIDE + OTHERS * d[4])
     }
 }
 
@@ -43,28 +46,40 @@ fn decode(indexed: bool, byte: u8) -> [u8; 5] {
             digit
         });
     }
-    let (index, bit) = (byte & 127, byte >> 7);
-    let (c, last) = if index < FIRST_FOUR { (index, bit) } else { (index - FIRST_FOUR + bit * CLEAR, 2) };
+    let index = byte % BESIDE;
+    let (c, last) = if byte < MARK { (index, byte >> 6) } else { (BESIDE + index % OTHERS, index / OTHERS) };
     [c % 3, c / 3 % 3, c / 9 % 3, c / 27 % 3, last]
 }
 
-/// For `IndexedTrits`: of every byte with bit 7 clear (0) or set (1), the first four digits, two bits each from the lowest on.
-/// The fifth is 2 for indices from 81 on, otherwise bit 7. Bytes that `encode` never makes have anything.
+/// For `IndexedTrits`: by a byte's lower six bits the first four digits, two bits each from the lowest on, if its upper two are
+/// the last digit (0) and if both are set (1). Bytes that `encode` never makes have anything.
 #[cfg(target_arch = "x86_64")]
-pub(crate) static FIRST_DIGITS: [[u8; 128]; 2] = {
-    let mut tables = [[0; 128]; 2];
-    let mut bit = 0;
-    while bit < 2 {
-        let mut index = 0;
-        while index < 128 {
-            let c =
-                if index < FIRST_FOUR as usize { index } else { index - FIRST_FOUR as usize + bit * CLEAR as usize };
-            tables[bit][index] = (c % 3 | c / 3 % 3 << 2 | c / 9 % 3 << 4 | c / 27 % 3 << 6) as u8;
-            index += 1;
+pub(crate) static FIRST_DIGITS: [[u8; 64]; 2] = {
+    let mut tables = [[0; 64]; 2];
+    let mut index = 0;
+    while index < 64 {
+        let of = [index as u8, BESIDE + index as u8 % OTHERS];
+        let mut i = 0;
+        while i < 2 {
+            let c = of[i];
+            tables[i][index] = c % 3 | c / 3 % 3 << 2 | c / 9 % 3 << 4 | c / 27 % 3 << 6;
+            i += 1;
         }
-        bit += 1;
+        index += 1;
     }
     tables
+};
+
+/// For `IndexedTrits`: by the lower six bits of a byte whose upper two are set, the last digit where those would have it.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static LAST_DIGIT: [u8; 64] = {
+    let mut table = [0; 64];
+    let mut index = 0;
+    while index < 64 {
+        table[index] = (index as u8 / OTHERS) << 6;
+        index += 1;
+    }
+    table
 };
 
 /// `encode` of every five digits, by Σ d_n·3^(4−n) as a fraction and by Σ d_n·3^n as an index.
@@ -124,13 +139,14 @@ mod tests {
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn tables_have_the_first_four_digits() {
+    fn tables_have_the_digits() {
         for v in 0..243u32 {
             let digits = [v / 81, v / 27 % 3, v / 9 % 3, v / 3 % 3, v % 3].map(|d| d as u8);
             let byte = encode(true, digits);
-            let four = FIRST_DIGITS[(byte >> 7) as usize][(byte & 127) as usize];
+            let (index, is_marked) = ((byte % 64) as usize, byte >= MARK);
+            let four = FIRST_DIGITS[is_marked as usize][index];
             assert_eq!([four & 3, four >> 2 & 3, four >> 4 & 3, four >> 6], digits[..4], "{digits:?}");
-            assert_eq!(if byte & 127 >= FIRST_FOUR { 2 } else { byte >> 7 }, digits[4]);
+            assert_eq!(if is_marked { LAST_DIGIT[index] } else { byte } >> 6, digits[4], "{digits:?}");
         }
     }
 }
