@@ -10,6 +10,9 @@ use crate::error::{Error, Result};
 use crate::ops;
 use std::collections::HashMap;
 
+/// Logits that are compared at once.
+const LANES: usize = 32;
+
 /// A token and the natural logarithm of its probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLogprob {
@@ -85,14 +88,25 @@ fn penalise(logits: &mut [f32], p: &SampleParameters, history: &[u32]) {
     }
 }
 
+/// In lanes, or each comparison waits for the one before it.
 fn largest(logits: &[f32]) -> f32 {
-    logits.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m })
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let raise = |lanes: &mut [f32; LANES], logits: &[f32]| {
+        lanes.iter_mut().zip(logits).for_each(|(m, &l)| *m = if l > *m { l } else { *m });
+    };
+    let chunks = logits.chunks_exact(LANES);
+    raise(&mut lanes, chunks.remainder());
+    chunks.for_each(|chunk| raise(&mut lanes, chunk));
+    lanes.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m })
 }
 
 /// The largest logit's id; the lowest on ties.
 fn argmax(logits: &[f32]) -> u32 {
     let max = largest(logits);
-    logits.iter().position(|&l| l == max).unwrap_or(0) as u32
+    // A chunk is compared as a whole: where to stop is asked once for all of its logits.
+    let has_max = |chunk: &[f32]| chunk.iter().fold(false, |found, &l| found | (l == max));
+    let start = LANES * logits.chunks(LANES).position(has_max).unwrap_or(0);
+    (start + logits[start..].iter().position(|&l| l == max).unwrap_or(0)) as u32
 }
 
 /// ln Σ e^l.

@@ -138,6 +138,12 @@ fn ties_go_to_the_lowest_id() {
     logits[500] = 1.0;
     logits[700] = 1.0;
     assert_eq!(draw(&logits, &GREEDY, &[]), 500);
+    // Wherever they lie in what is compared at once, and behind it.
+    for (first, second) in (0..133).flat_map(|first| (first..133).map(move |second| (first, second))) {
+        let mut logits = vec![f32::NEG_INFINITY; 133];
+        (logits[first], logits[second]) = (-3.0, -3.0);
+        assert_eq!(draw(&logits, &GREEDY, &[]), first as u32, "{second}");
+    }
     let p = SampleParameters { temperature: 1.0, top_k: 1, ..GREEDY };
     assert!((0..50).all(|seed| draw(&logits, &SampleParameters { seed, ..p.clone() }, &[]) == 500));
     let p = SampleParameters { top: Some(20), ..GREEDY };
