@@ -8,7 +8,7 @@ use crate::arch::vector::Vector;
 use crate::dispatch::{Kernels, Variant};
 use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, PLANE_TILE};
 use crate::pool::Pool;
-use crate::quantize::{quantize16, TableLine};
+use crate::quantize::{quantize16, Line};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -83,7 +83,7 @@ pub(crate) struct TileArgs<'a> {
     /// The matrix's scale, for `ScaleKind::Tensor`.
     pub scale: f32,
     /// `Tabling::lines` for each group.
-    pub tables: &'a [TableLine],
+    pub tables: &'a [Line],
     /// Scales and sums once more, every group of the first `BLOCK` rows, then of the next; of whole blocks alone.
     pub blocks: &'a [Block],
 }
@@ -109,26 +109,17 @@ thread_local! {
 /// long as `TileArgs` says.
 pub(crate) type TileKernel = unsafe fn(args: &TileArgs, out: &mut TileOut);
 
-/// Codes of a cache line, for rows to start at one.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line(#[allow(dead_code)] [i8; Line::LEN]);
-
-impl Line {
-    const LEN: usize = 64;
-    const ZERO: Line = Line([0; Line::LEN]);
-}
-
 /// Activations of one int8 group size.
 struct Quantized {
     group: usize,
+    /// Lines, so that rows of a multiple of 64 codes begin at one.
     codes: Vec<Line>,
     scales: Vec<f32>,
     sums: Vec<i32>,
     /// Sums of every 16 and of every 32 codes.
     sums16: Vec<i16>,
     sums32: Vec<i16>,
-    tables: Vec<TableLine>,
+    tables: Vec<Line>,
     blocks: Vec<Block>,
     /// What of it belongs to the current activations.
     current: bool,
@@ -314,7 +305,7 @@ impl Quantized {
         self.sums16.resize(n * subs16, 0);
         self.sums32.resize(n * subs32, 0);
         if build {
-            self.tables.resize(n * lines, TableLine::ZERO);
+            self.tables.resize(n * lines, Line::ZERO);
         }
         let codes = Shared(self.codes.as_mut_ptr().cast::<i8>());
         let scales = Shared(self.scales.as_mut_ptr());
@@ -500,8 +491,7 @@ impl<'a> Product<'a> {
     /// Activation rows that stay in cache.
     fn block(&self, n: usize) -> usize {
         let TileArgs { form, k, tables, .. } = self.args;
-        let per_row =
-            k * if form.act_group() == 0 { 4 } else { self.digits } + tables.len() / n * size_of::<TableLine>();
+        let per_row = k * if form.act_group() == 0 { 4 } else { self.digits } + tables.len() / n * Line::LEN;
         (self.block_bytes / per_row).clamp(1, n).next_multiple_of(self.width)
     }
 }

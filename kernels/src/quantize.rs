@@ -18,25 +18,27 @@ pub(crate) struct Table {
 
 impl Table {
     /// The two tables of every line.
-    pub fn of(lines: &[TableLine]) -> &[Table] {
+    pub fn of(lines: &[Line]) -> &[Table] {
         // SAFETY: a line is as large as two tables and aligned to more; tables are bytes and nothing else.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 2 * lines.len()) }
     }
 
     /// See `of`.
-    pub fn of_mut(lines: &mut [TableLine]) -> &mut [Table] {
+    pub fn of_mut(lines: &mut [Line]) -> &mut [Table] {
         // SAFETY: as there; the borrow is mutable.
         unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), 2 * lines.len()) }
     }
 }
 
-/// A cache line of lookup tables: two `Table`s, or what else the look-up kernels of an instruction set want.
+/// A line of the cache: of codes, or of lookup tables, which are two `Table`s or what else the look-up kernels of an instruction
+/// set want.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-pub(crate) struct TableLine(pub [u8; 64]);
+pub(crate) struct Line(pub [u8; Line::LEN]);
 
-impl TableLine {
-    pub const ZERO: TableLine = TableLine([0; 64]);
+impl Line {
+    pub const LEN: usize = 64;
+    pub const ZERO: Line = Line([0; Line::LEN]);
 }
 
 /// The lookup tables of one instruction set.
@@ -45,12 +47,12 @@ pub(crate) struct Tabling {
     /// Lines of the tables of a group of so many activations.
     pub lines: fn(group: usize) -> usize,
     /// Makes the tables of whole groups. Unsafe only in that the machine must have the instruction set.
-    pub build: unsafe fn(codes: &[i8], group: usize, lines: &mut [TableLine]),
+    pub build: unsafe fn(codes: &[i8], group: usize, lines: &mut [Line]),
 }
 
 impl Tabling {
     /// `Table`s, whatever the group.
-    pub const fn of_fours(build: unsafe fn(codes: &[i8], group: usize, lines: &mut [TableLine])) -> Self {
+    pub const fn of_fours(build: unsafe fn(codes: &[i8], group: usize, lines: &mut [Line])) -> Self {
         Tabling { lines: |group| group / 8, build }
     }
 }
@@ -124,7 +126,7 @@ pub(crate) fn quantize16(x: &[f32], group: usize, codes: &mut [i8], scales: &mut
 }
 
 /// One table per four codes.
-pub(crate) fn build_tables_portable(codes: &[i8], _group: usize, lines: &mut [TableLine]) {
+pub(crate) fn build_tables_portable(codes: &[i8], _group: usize, lines: &mut [Line]) {
     for (four, table) in codes.chunks_exact(4).zip(Table::of_mut(lines)) {
         for i in 0..16 {
             let sum: i16 = (0..4).filter(|bit| i >> bit & 1 == 1).map(|bit| four[bit] as i16).sum();

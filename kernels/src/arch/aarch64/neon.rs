@@ -13,7 +13,7 @@ use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
-use crate::quantize::{group_scale, Table, TableLine, Tabling};
+use crate::quantize::{group_scale, Line, Table, Tabling};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -244,7 +244,7 @@ pub(super) unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales:
 ///
 /// The machine has NEON; `tables` has one table per four codes.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn build_tables(codes: &[i8], _group: usize, lines: &mut [TableLine]) {
+pub(super) unsafe fn build_tables(codes: &[i8], _group: usize, lines: &mut [Line]) {
     let tables = Table::of_mut(lines);
     assert!(codes.len() == 4 * tables.len());
     // Which of the lower eight entries have activation 0, 1, 2; the upper eight are those with activation 3.

@@ -11,7 +11,7 @@ use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
 use crate::pack::{Codes, FloatKind, PackedForm, ScaleKind, SourceType, Values, PLANE_TILE as TILE};
-use crate::quantize::{group_scale, Table, TableLine, Tabling};
+use crate::quantize::{group_scale, Line, Table, Tabling};
 use std::arch::x86_64::*;
 
 /// The set, if this machine can run it.
@@ -241,7 +241,7 @@ pub(super) unsafe fn quantize(x: &[f32], group: usize, codes: &mut [i8], scales:
 ///
 /// The machine has AVX2; there is a table for every four codes.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn build_tables(codes: &[i8], _group: usize, lines: &mut [TableLine]) {
+unsafe fn build_tables(codes: &[i8], _group: usize, lines: &mut [Line]) {
     let tables = Table::of_mut(lines);
     assert!(codes.len() == 4 * tables.len());
     // Four 0/1 factors for each of eight entries: 0–3 and 8–11, then 4–7 and 12–15, which packing puts into order.

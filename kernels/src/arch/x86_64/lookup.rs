@@ -15,7 +15,7 @@ use crate::arch::dot::{check, Dot, NEAR};
 use crate::dispatch::Variant;
 use crate::matmul::{TileArgs, TileKernel, TileOut, BATCH};
 use crate::pack::{Codes, PackedForm, ScaleKind, Values, PLANE_TILE as TILE};
-use crate::quantize::{TableLine, Tabling};
+use crate::quantize::{Line, Tabling};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -48,7 +48,7 @@ pub(super) const SIXES: Tabling = Tabling { lines: |group| 2 * lookups(group), b
 ///
 /// The machine has AVX-512; there are the lines that `SIXES` says.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn build(codes: &[i8], group: usize, lines: &mut [TableLine]) {
+unsafe fn build(codes: &[i8], group: usize, lines: &mut [Line]) {
     assert!(group % 8 == 0 && codes.len() % group == 0 && lines.len() == codes.len() / group * 2 * lookups(group));
     let mut lines = lines.chunks_exact_mut(2);
     for group in codes.chunks_exact(group) {
@@ -66,7 +66,7 @@ unsafe fn build(codes: &[i8], group: usize, lines: &mut [TableLine]) {
 
 /// The table of the lower six bytes.
 #[inline(always)]
-unsafe fn table(codes: u64, lines: &mut [TableLine]) {
+unsafe fn table(codes: u64, lines: &mut [Line]) {
     /// Factors of codes `pair` and the next for entry 16·(i/8) + i%8: those in which bit 3 is clear, in the order in which
     /// packing puts them beside the others.
     const fn factors(pair: usize) -> [u8; 64] {
@@ -150,7 +150,7 @@ impl<const Z: usize, const M: usize> Sums<Z, M> {
     /// Looks up by each index; the tables of the next row of activations follow after `stride` lines. Then points to the next
     /// table.
     #[inline(always)]
-    unsafe fn look_up(&mut self, indices: &[[__m512i; Z]], table: &mut *const TableLine, stride: usize) {
+    unsafe fn look_up(&mut self, indices: &[[__m512i; Z]], table: &mut *const Line, stride: usize) {
         for index in indices {
             for m in 0..M {
                 let at = table.add(m * stride);
@@ -211,7 +211,7 @@ unsafe fn octet<const N: usize, const Z: usize>(tiles: [*const u8; 2], octet: us
 #[inline(always)]
 unsafe fn ahead<const T: usize>(tiles: [*const u8; 2], at: usize, bytes: usize) {
     for tile in tiles.into_iter().take(T) {
-        for line in (0..bytes).step_by(size_of::<TableLine>()) {
+        for line in (0..bytes).step_by(Line::LEN) {
             Rows::prefetch_near(tile.wrapping_add(NEAR / T + at + line));
         }
     }
@@ -392,7 +392,7 @@ mod tests {
             for kind in 0..4 {
                 let value = |k: usize| [127, -127, [127, -127][k % 2], (k * 89 % 255) as i32 - 127][kind] as i8;
                 let codes: Vec<i8> = (0..2 * group).map(value).collect();
-                let mut lines = vec![TableLine::ZERO; 2 * (ks.tabling.lines)(group)];
+                let mut lines = vec![Line::ZERO; 2 * (ks.tabling.lines)(group)];
                 // SAFETY: the machine has the set, and these are its lines.
                 unsafe { (ks.tabling.build)(&codes, group, &mut lines) };
                 let mut tables = lines.chunks_exact(2);
