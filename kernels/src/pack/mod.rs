@@ -226,6 +226,19 @@ impl PackedForm {
         }
     }
 
+    /// The largest magnitude of what a code is worth before scaling, zero points not counted.
+    pub(crate) fn largest_value(self) -> i32 {
+        let most = match self.codes {
+            Codes::Planes(n) | Codes::Fields(n @ ..=6) => (1 << n) - 1,
+            Codes::Trits | Codes::IndexedTrits => 2,
+            Codes::Fields(_) | Codes::Float(_) => 128,
+        };
+        match self.values {
+            Values::Offset(offset) => (offset as i32).abs().max(most + offset as i32),
+            _ => 128, // signed bytes of a table
+        }
+    }
+
     /// Bytes of one group's codes, for all rows of a tile.
     pub(crate) fn group_code_bytes(self) -> usize {
         let group = self.group as usize;

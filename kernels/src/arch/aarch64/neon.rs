@@ -271,13 +271,12 @@ fn bits_variants(form: PackedForm) -> &'static [Variant] {
     const fn lookup(tile: TileKernel) -> Variant {
         Variant { name: "lookup", tile, tiles: 1, widths: &[8], tables: true, blocks: false }
     }
-    let (Codes::Planes(n), Values::Offset(offset)) = (form.codes, form.values) else { return &[] };
+    let (Codes::Planes(n), Values::Offset(_)) = (form.codes, form.values) else { return &[] };
     if !matches!(form.scale, ScaleKind::F16 | ScaleKind::F16Min) || form.group % 32 != 0 || form.group > 256 {
         return &[];
     }
     // Whether a whole group's sum fits i16.
-    let largest = (offset as i32).abs().max((1 << n) - 1 + offset as i32);
-    let narrow = form.group as i32 * 127 * largest <= i16::MAX as i32;
+    let narrow = form.group as i32 * 127 * form.largest_value() <= i16::MAX as i32;
     match (n, narrow) {
         (1, false) => const { &[lookup(bits_tile::<1, false>)] },
         (2, false) => const { &[lookup(bits_tile::<2, false>)] },

@@ -121,12 +121,10 @@ pub(super) fn decoder(form: PackedForm, dotprod: bool) -> Option<(Decode, u8, us
         (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32) => (decode_nested::<IQ4_NL, SUB6_OF_32, 32>, SUB, 32),
         _ => return None,
     };
-    let largest = match (form.codes, form.values, form.scale) {
-        (_, _, S::F16Zero4 | S::F32Zero4) => 16,
-        (_, _, S::Sub4Min) => 3 * 15,
-        (Codes::Fields(n @ ..=6), Values::Offset(offset), _) => largest(n, offset),
-        (Codes::Trits, Values::Offset(offset), _) => largest(2, offset),
-        _ => 128,
+    let largest = match form.scale {
+        S::F16Zero4 | S::F32Zero4 => 16,
+        S::Sub4Min => 3 * 15,
+        _ => form.largest_value() as usize,
     };
     let steps = match kind {
         SUB | SUB_MINIMA => step / 4,
@@ -141,12 +139,6 @@ pub(super) fn decoder(form: PackedForm, dotprod: bool) -> Option<(Decode, u8, us
 /// Whether a half holds two sums of products of values, which add up to this, and activations.
 fn fits(values: usize) -> bool {
     2 * 127 * values <= i16::MAX as usize
-}
-
-/// The largest magnitude of codes of so many bits plus an offset.
-fn largest(bits: u8, offset: i8) -> usize {
-    let offset = offset as i32;
-    offset.abs().max((1 << bits) - 1 + offset) as usize
 }
 
 /// The offset in every byte.

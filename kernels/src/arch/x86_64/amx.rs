@@ -51,16 +51,21 @@ fn is_permitted() -> bool {
 
 static KERNELS: Kernels = Kernels { isa: Isa::Amx, variants, ..avx512::SET };
 
-const TILES: Variant = Variant { name: "tiles", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false, blocks: true };
+const TILES: Variant =
+    Variant { name: "tiles", tile, tiles: 1, widths: &[BATCH, 32, 16], tables: false, blocks: false };
+/// Of `small_groups`.
+const TILES_OF_SMALL: Variant = Variant { blocks: true, ..TILES };
 
 fn variants(form: PackedForm) -> &'static [Variant] {
     match decoder(form) {
+        Some(_) if reads_blocks(form) => with_tiles_of_small(form),
         Some(_) => with_tiles(form),
         None => avx512::variants(form),
     }
 }
 
 dot_table!(with_tiles, Rows, Codes::IndexedTrits, TILES);
+dot_table!(with_tiles_of_small, Rows, Codes::IndexedTrits, TILES_OF_SMALL);
 
 /// k that are decoded at once: no group is larger.
 const CHUNK: usize = 256;
@@ -255,9 +260,9 @@ const OF_SUBS: u8 = 2;
 ///
 /// # Safety
 ///
-/// The machine has AMX, the arguments are as `dot::check` wants them, with `args.first` a multiple of `M` and blocks of all
-/// `count` rows, `out` points to a `TileOut`, and of an operand for each tile everything is set that `decoder` sets for the
-/// form's `chunk.len()` groups.
+/// The machine has AMX, the arguments are as `dot::check` wants them, with `args.first` a multiple of `M` and, if the form
+/// `reads_blocks`, blocks of all `count` rows, `out` points to a `TileOut`, and of an operand for each tile everything is set
+/// that `decoder` sets for the form's `chunk.len()` groups.
 type Multiply = unsafe fn(args: &TileArgs, chunk: Range<usize>, operands: *const Operand, count: usize, out: *mut f32);
 
 /// # Safety
@@ -278,7 +283,8 @@ unsafe fn tile(args: &TileArgs, out: &mut TileOut) {
     if count == 0 {
         return;
     }
-    assert!(args.tiles <= MOST_TILES && args.blocks.len() >= (args.first + count) / M * groups);
+    assert!(args.tiles <= MOST_TILES);
+    assert!(!reads_blocks(form) || args.blocks.len() >= (args.first + count) / M * groups);
     let (decode, multiply) = decoder(form).expect("only forms with a decoder have this kernel");
     for sums in &mut out[..count] {
         sums[..args.tiles * FIELD_TILE].fill(0.0);
@@ -302,6 +308,11 @@ unsafe fn tile(args: &TileArgs, out: &mut TileOut) {
     asm!("tilerelease", options(nostack, preserves_flags));
 }
 
+/// Whether groups are so small that `small_groups` multiplies them.
+fn reads_blocks(form: PackedForm) -> bool {
+    form.group <= 64
+}
+
 /// Activation rows of a tile. Fewer are not worth one: AVX-512's kernels multiply them as fast.
 const M: usize = BLOCK;
 
@@ -317,7 +328,7 @@ unsafe fn multiply<const DIGITS: usize, const MINIMA: u8>(
     out: *mut f32,
 ) {
     // Small groups leave their sums so often that floats are better kept in registers.
-    if DIGITS == 1 && MINIMA != OF_SUBS && args.form.group <= 64 {
+    if DIGITS == 1 && MINIMA != OF_SUBS && reads_blocks(args.form) {
         return small_groups::<MINIMA>(args, chunk, operands, count, out);
     }
     for t in 0..args.tiles {
