@@ -1,5 +1,6 @@
 import type { Command } from "commander";
 import {
+  ABI_VERSION,
   anyHelloSchema,
   BusError,
   clusterSubjects,
@@ -15,7 +16,7 @@ import {
   WireError,
 } from "../bus/mod.ts";
 import type { Finding } from "../bus/mod.ts";
-import { ClusterError, WORKER_ABI_VERSION } from "../orchestrator/mod.ts";
+import { ClusterError } from "../orchestrator/mod.ts";
 import { deviceHealth, loadKernels, WorkerError } from "../worker/mod.ts";
 import { cacheFolder, modelPath } from "./hub/reference.ts";
 import { natsAddress, natsOptions, withNatsOptions } from "./nats_options.ts";
@@ -196,9 +197,9 @@ async function listen(
   for (const [id, { abi, wire, lutra = "unknown" }] of [...versions].sort(([a], [b]) => a < b ? -1 : 1)) {
     const check = "version";
     const its = `Lutra ${lutra} (wire ${wire}, ABI ${abi})`;
-    const ours = `${LUTRA_VERSION} (wire ${WIRE_VERSION}, ABI ${WORKER_ABI_VERSION})`;
+    const ours = `${LUTRA_VERSION} (wire ${WIRE_VERSION}, ABI ${ABI_VERSION})`;
     const fix = `bring the older one up to date: git pull && deno task build`;
-    if (wire !== WIRE_VERSION || abi !== WORKER_ABI_VERSION) {
+    if (wire !== WIRE_VERSION || abi !== ABI_VERSION) {
       findings.push([id, { check, state: "failed", detail: `${its}, here ${ours}: they cannot work together`, fix }]);
       continue;
     }

@@ -1,8 +1,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { clusterSubjects, encodeJson, encodeProbeReply, NatsBus, WIRE_VERSION } from "../bus/mod.ts";
+import { ABI_VERSION, clusterSubjects, encodeJson, encodeProbeReply, NatsBus, WIRE_VERSION } from "../bus/mod.ts";
 import type { Finding, Hello } from "../bus/mod.ts";
-import { WORKER_ABI_VERSION } from "../orchestrator/mod.ts";
 import { repoPath } from "../tests/data.ts";
 import { FakeKernels } from "../tests/fakes/kernels.ts";
 import { nats } from "../tests/nats.ts";
@@ -89,7 +88,7 @@ test("an old worker, a wrong clock, a slow link, small messages and a worker tha
   const subjects = clusterSubjects("lutra");
   const hello = (id: string, versions: Hello["versions"]) =>
     bus.publish(subjects.hello, new TextEncoder().encode(JSON.stringify({ type: "hello", id, versions })));
-  const same = { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION };
+  const same = { abi: ABI_VERSION, wire: WIRE_VERSION };
   bus.subscribe(subjects.discover, () => {
     hello("ancient", { ...same, wire: WIRE_VERSION + 1, lutra: "0.0.1" });
     hello("newer", { ...same, lutra: "9.9.9" });

@@ -1,4 +1,5 @@
 import {
+  ABI_VERSION,
   anyHelloSchema,
   BusError,
   clusterSubjects,
@@ -11,9 +12,6 @@ import {
 import type { Bus, Hello, Subscription } from "../bus/mod.ts";
 import { ClusterError } from "./errors.ts";
 import { LONGEST_MS } from "./longest.ts";
-
-/** The C ABI version of the workers that this orchestrator works with. */
-export const WORKER_ABI_VERSION = 2;
 
 /** A kernel hangs when a micro-batch takes so long at the least, and so many times as long as it should by those before. */
 const HUNG_MS = 1500;
@@ -220,10 +218,10 @@ export class Membership {
       const any = decodeJson(anyHelloSchema, data);
       const { versions } = any;
       id = any.id;
-      if (versions.wire !== WIRE_VERSION || versions.abi !== WORKER_ABI_VERSION) {
+      if (versions.wire !== WIRE_VERSION || versions.abi !== ABI_VERSION) {
         return this.#refuse(
           id,
-          `${id} has wire version ${versions.wire} and ABI version ${versions.abi}, not ${WIRE_VERSION} and ${WORKER_ABI_VERSION}`,
+          `${id} has wire version ${versions.wire} and ABI version ${versions.abi}, not ${WIRE_VERSION} and ${ABI_VERSION}`,
         );
       }
       hello = decodeJson(helloSchema, data);

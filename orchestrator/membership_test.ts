@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import {
+  ABI_VERSION,
   clusterSubjects,
   controlRequestSchema,
   decodeJson,
@@ -8,7 +9,7 @@ import {
   WIRE_VERSION,
 } from "../bus/mod.ts";
 import type { BusState, Hello, Subscription } from "../bus/mod.ts";
-import { Membership, WORKER_ABI_VERSION } from "./membership.ts";
+import { Membership } from "./membership.ts";
 
 const { hello: subject, discover } = clusterSubjects("local");
 
@@ -19,7 +20,7 @@ function hello(id: string, change: Partial<Hello> = {}): Uint8Array {
     state: "ready",
     session: "a-0",
     epoch: 0,
-    versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION, lutra: "0.1.0" },
+    versions: { abi: ABI_VERSION, wire: WIRE_VERSION, lutra: "0.1.0" },
     capabilities: { isa: "fake", cores: 1, memoryBytes: 1, bandwidthGBps: null, speed: null },
     work: { queued: 0, runningMs: null, expectedMs: null, stages: [] },
     ...change,
@@ -48,7 +49,7 @@ Deno.test("Membership: a wait ends with the reason, refused versions named, or w
   await assert.rejects(membership.waitFor(1, { timeoutMs: 5 }), {
     name: "ClusterError",
     message:
-      `0 of 1 workers are there after 0.005 s; refused: old has wire version 1 and ABI version 9, not ${WIRE_VERSION} and ${WORKER_ABI_VERSION}`,
+      `0 of 1 workers are there after 0.005 s; refused: old has wire version 1 and ABI version 9, not ${WIRE_VERSION} and ${ABI_VERSION}`,
   });
   const controller = new AbortController();
   const waiting = membership.waitFor(1, { timeoutMs: 1000, signal: controller.signal });
@@ -206,7 +207,7 @@ Deno.test("Membership: a worker of another wire version is refused by name, what
   const bus = new InProcessBus();
   const refused: string[] = [];
   const membership = new Membership(bus, "local", { onRefuse: (id, reason) => refused.push(`${id} | ${reason}`) });
-  const malformed = { type: "hello", id: "other", versions: { abi: WORKER_ABI_VERSION, wire: WIRE_VERSION } };
+  const malformed = { type: "hello", id: "other", versions: { abi: ABI_VERSION, wire: WIRE_VERSION } };
   bus.publish(subject, new TextEncoder().encode(JSON.stringify(malformed)));
   await bus.flush();
   assert.match(refused.pop()!, /^other \| other announces what cannot be \(state: /);

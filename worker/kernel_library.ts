@@ -1,6 +1,7 @@
 import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
+import { ABI_VERSION } from "../bus/mod.ts";
 import type { Shard, ShardStats } from "../bus/mod.ts";
 import { KernelError, KernelLibraryError } from "./errors.ts";
 import type {
@@ -12,9 +13,6 @@ import type {
   ShardHandle,
   Tuning,
 } from "./kernels.ts";
-
-/** The version of the C ABI that this file speaks. */
-export const ABI_VERSION = 2;
 
 /**
  * The C ABI. Every function but the first returns a count ≥ 0 or a negative error code, and then has written a u32 length

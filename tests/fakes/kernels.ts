@@ -5,7 +5,7 @@
  *
  * @module
  */
-import { decodeBatch, decodeSample, MAX_TOP_LOGPROBS } from "../../bus/mod.ts";
+import { ABI_VERSION, decodeBatch, decodeSample, MAX_TOP_LOGPROBS } from "../../bus/mod.ts";
 import type { SampleParameters, Shard, ShardStats } from "../../bus/mod.ts";
 import { KernelError, KernelErrorCode } from "../../worker/errors.ts";
 import type { DeviceInfo, KernelLibrary, OpenShardOptions, ShardChoices, ShardHandle } from "../../worker/kernels.ts";
@@ -33,7 +33,7 @@ export interface FakeKernelsOptions {
 
 /** The library. */
 export class FakeKernels implements KernelLibrary {
-  readonly abiVersion = 2;
+  readonly abiVersion = ABI_VERSION;
   /** All shards ever opened. */
   readonly shards: FakeShard[] = [];
   readonly options: FakeKernelsOptions;

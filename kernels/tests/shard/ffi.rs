@@ -1,6 +1,6 @@
 //! The C ABI as a foreign caller uses and misuses it.
 
-use crate::model::{encode, floats, Model, Part, Random, Run, GREEDY, RUN};
+use super::model::{encode, floats, Model, Part, Random, Run, GREEDY, RUN};
 use lutra_kernels::batch::SampleParameters;
 use lutra_kernels::ffi::*;
 use lutra_kernels::Error;
@@ -93,7 +93,7 @@ fn a_shard_lives_through_the_c_abi() {
         40 * vocab as i32 * 4
     );
     let logits = floats(&out[3..3 + 160 * vocab]);
-    crate::model::assert_bits(&logits, &expected, "through the C ABI");
+    super::model::assert_bits(&logits, &expected, "through the C ABI");
     assert_eq!(out[out.len() - 8..], [0x55; 8], "written beyond the results");
 
     let before = stats(first).unwrap();
@@ -144,7 +144,7 @@ fn nulls_short_buffers_and_bad_texts_are_errors() {
     // SAFETY: nulls come with a length that must not be believed, the others are as long as is said.
     unsafe {
         let (e, n) = (err.as_mut_ptr(), err.len());
-        assert_eq!(lutra_abi_version(), 2);
+        assert_eq!(lutra_abi_version(), ABI_VERSION);
         assert_eq!(lutra_device_info(null_mut(), 100, e, n), Error::INVALID_ARGUMENT);
         assert_eq!(lutra_device_info(out.as_mut_ptr(), 3, e, n), Error::INVALID_ARGUMENT);
         assert_eq!(lutra_device_info(out.as_mut_ptr(), 3, null_mut(), 0), Error::INVALID_ARGUMENT);
@@ -283,7 +283,7 @@ fn mutated_batches_do_no_harm() {
         truncate(shard, seq, 0).unwrap();
     }
     let n = forward(shard, &encode(&[Part::new(1, 0, &[1, 2, 3]).logits()]), &[], None, &mut out).unwrap() as usize;
-    crate::model::assert_bits(&floats(&out[..n]), &model.shards(1, RUN).logits(1, &[1, 2, 3], 3), "afterwards");
+    super::model::assert_bits(&floats(&out[..n]), &model.shards(1, RUN).logits(1, &[1, 2, 3], 3), "afterwards");
     close(shard).unwrap();
     close(tail).unwrap();
 }
@@ -306,7 +306,7 @@ fn calls_may_come_from_many_threads() {
                     let mut out = vec![0; 50 * vocab * 4];
                     for _ in 0..10 {
                         match forward(shard, &batch, &[], Some(stop), &mut out) {
-                            Ok(_) => crate::model::assert_bits(&floats(&out), expected, "beside others"),
+                            Ok(_) => super::model::assert_bits(&floats(&out), expected, "beside others"),
                             Err((code, text)) => {
                                 assert!([Error::STOPPED, Error::BAD_HANDLE].contains(&code), "{code} {text}");
                             }

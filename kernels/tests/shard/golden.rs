@@ -1,8 +1,10 @@
 //! Logits and greedy tokens against independent engines. (NumPy's archives are read by the tests in TypeScript.)
 
-use crate::model::{assert_bits, fixture, floats, open, shared, Model, Part, Shards, GREEDY, RUN};
+use super::model::{assert_bits, fixture, floats, open, shared, Model, Part, Random, Run, Shards, GREEDY, RUN};
 use lutra_kernels::available;
+use lutra_kernels::ffi::ABI_VERSION;
 use serde_json::Value;
+use xxhash_rust::xxh3::Xxh3Default;
 
 /// The largest difference, and the root mean square of differences over that of the expected values' deviation from their mean.
 fn errors(actual: &[f32], expected: &[f32]) -> (f64, f64) {
@@ -90,4 +92,24 @@ fn all_models_logits_equal_transformers_with_every_set_of_kernels() {
             assert_bits(&logits, first.get_or_insert_with(|| logits.clone()), &format!("{name} {}", ks.isa));
         }
     }
+}
+
+/// Stages of one pipeline must compute alike, and workers are told apart by the ABI version alone.
+#[test]
+fn an_abi_version_has_the_bits_of_its_results() {
+    /// When bits change for good reasons, raise the version, here and in `worker/kernel_library.ts`, and note what they are now.
+    const RECORDED: (i32, u64) = (3, 0x4352b0f045ac7344);
+    let mut digest = Xxh3Default::new();
+    for name in ["llama-tiny-f16", "llama-q-Q4_0", "llama-q-Q8_0", "llama-q-TQ1_0", "llama-q-TQ2_0"] {
+        let mut model = Model::fixture(&format!("{name}.gguf"));
+        // Attention has several ranges to merge.
+        model.hyper["context"] = 1024.into();
+        let tokens = Random(11).tokens(600, model.size("vocab"));
+        for kv in ["f32", "f16", "q8"] {
+            for logit in model.shards(1, Run { kv, ..RUN }).logits(1, &tokens, 150) {
+                digest.update(&logit.to_le_bytes());
+            }
+        }
+    }
+    assert_eq!((ABI_VERSION, digest.digest()), RECORDED);
 }
