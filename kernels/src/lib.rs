@@ -41,3 +41,17 @@ pub use error::{Error, Result};
 pub use matmul::{matmul, matmul_all, matmul_by, matmul_gated, Activations, Plan, Precision};
 pub use pack::{dequantize, pack, pack_as, PackedForm, PackedMatrix, SourceType};
 pub use pool::Pool;
+
+// Tests through the public interface. They are modules all the same: for each crate of tests all kernels would be compiled once
+// more, which takes longer than the tests do.
+#[cfg(test)]
+extern crate self as lutra_kernels;
+#[cfg(test)]
+#[path = "../tests/fuzz/mod.rs"]
+mod fuzz_tests;
+#[cfg(test)]
+#[path = "../tests/numerics/mod.rs"]
+mod numerics_tests;
+#[cfg(test)]
+#[path = "../tests/shard/mod.rs"]
+mod shard_tests;

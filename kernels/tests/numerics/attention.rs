@@ -1,7 +1,7 @@
 //! Attention: portable code follows the specified order, every instruction set, thread count and division gives its bits,
 //! and those are near the exact values, in every type of cache.
 
-use crate::{assert_same, stride, Random};
+use super::{assert_same, stride, Random};
 use lutra_kernels::attention::{attend, Past};
 use lutra_kernels::descriptor::KvType;
 use lutra_kernels::kv::{KvCache, BLOCK_TOKENS};

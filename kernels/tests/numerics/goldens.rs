@@ -1,6 +1,6 @@
 //! Dequantised values that another implementation (the `gguf` Python package) reads from the same blocks.
 
-use crate::assert_same;
+use super::assert_same;
 use lutra_kernels::{dequantize, pack_as, PackedForm, Pool, SourceType};
 use std::path::{Path, PathBuf};
 

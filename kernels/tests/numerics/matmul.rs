@@ -1,6 +1,6 @@
 //! Products: every instruction set gives portable's bits, and portable gives the specified ones.
 
-use crate::{assert_same, has_wide_scale, is_float, scales, set_scales, source, stride, Random, Weights};
+use super::{assert_same, has_wide_scale, is_float, scales, set_scales, source, stride, Random, Weights};
 use lutra_kernels::ops::Activation;
 use lutra_kernels::{
     available, dequantize, matmul, matmul_all, matmul_by, matmul_gated, ops, pack, pack_as, select, Activations,

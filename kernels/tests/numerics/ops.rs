@@ -1,6 +1,6 @@
 //! Float operations: every instruction set gives portable's bits, and they are near the exact values.
 
-use crate::{assert_same, same, Random};
+use super::{assert_same, same, Random};
 use lutra_kernels::ops::{self, Activation, RopeStyle};
 use lutra_kernels::{available, select, Kernels};
 

@@ -1,6 +1,6 @@
 //! What a source block holds comes out of the packed form with the same bits.
 
-use crate::{assert_same, source, Random, Weights};
+use super::{assert_same, source, Random, Weights};
 use lutra_kernels::{dequantize, pack, pack_as, PackedForm, Pool, SourceType};
 
 fn columns(ty: SourceType) -> &'static [usize] {

@@ -1,6 +1,6 @@
 //! Descriptors: every field is checked, the error names it, and nothing is allocated for nonsense.
 
-use crate::model::{open, Model, Random, RUN};
+use super::model::{open, Model, Random, RUN};
 use serde_json::{json, Value};
 
 /// The error's text; a shard that opens is a failure.

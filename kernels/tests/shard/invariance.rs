@@ -1,6 +1,6 @@
 //! The same logits, bit for bit, on every instruction set, with any threads, split, chunks and neighbours in the batch.
 
-use crate::model::{assert_bits, floats, shared, Model, Part, Random, Run, GREEDY, RUN};
+use super::model::{assert_bits, floats, shared, Model, Part, Random, Run, GREEDY, RUN};
 use lutra_kernels::available;
 use lutra_kernels::batch::SampleParameters;
 

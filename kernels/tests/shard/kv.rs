@@ -1,6 +1,6 @@
 //! The KV cache: capacity, sequences, and that errors change nothing.
 
-use crate::model::{assert_bits, encode, floats, Model, Part, Random, Run, RUN};
+use super::model::{assert_bits, encode, floats, Model, Part, Random, Run, RUN};
 use lutra_kernels::descriptor::KvType;
 use lutra_kernels::kv::KvCache;
 use lutra_kernels::Error;
@@ -116,8 +116,8 @@ fn errors_change_no_sequence() {
 fn nan_states_are_an_error_and_change_nothing() {
     let model = Model::fixture("llama-tiny-f32.gguf");
     let (layers, d) = (model.size("layers"), model.size("embedding"));
-    let tail = crate::model::open(&model.descriptor(layers - 2, layers, RUN)).unwrap();
-    let batch = encode(&[Part::new(1, 0, &[1, 2, 3]).sample(&crate::model::GREEDY)]);
+    let tail = super::model::open(&model.descriptor(layers - 2, layers, RUN)).unwrap();
+    let batch = encode(&[Part::new(1, 0, &[1, 2, 3]).sample(&super::model::GREEDY)]);
     let mut out = [0; 64];
     for value in [f32::NAN, f32::INFINITY] {
         let states: Vec<u8> = vec![value; 3 * d].iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -141,7 +141,7 @@ fn late_errors_restore_what_was_overwritten() {
     let tokens = vec![1; 70];
     for kv in ["f16", "f32", "q8"] {
         let run = Run { kv, kv_tokens: 128, ..RUN };
-        let open = || crate::model::open(&model.descriptor(layers - 2, layers, run)).unwrap();
+        let open = || super::model::open(&model.descriptor(layers - 2, layers, run)).unwrap();
         let mut out = vec![0; vocab * 4];
         let mut last = |shard: &lutra_kernels::shard::Shard| {
             let batch = encode(&[Part::new(1, 69, &tokens[69..]).logits()]);
@@ -155,7 +155,7 @@ fn late_errors_restore_what_was_overwritten() {
         let expected = last(&clean);
         for (pos, count, other) in [(69, 1, 3), (68, 1, 30), (40, 30, 1), (5, 3, 64), (0, 1, 64)] {
             // Logits alone would be handed over as they are: sampling needs them finite.
-            let sampled = Part::new(2, 0, &tokens[..other]).sample(&crate::model::GREEDY);
+            let sampled = Part::new(2, 0, &tokens[..other]).sample(&super::model::GREEDY);
             let bad = bytes(vec![f32::NAN; (count + other) * d]);
             let batch = encode(&[Part::new(1, pos, &tokens[..count]), sampled]);
             let code = shard.forward(&batch, &bad, None, &mut [0; 12]).unwrap_err().code;

@@ -1,6 +1,6 @@
 //! Sampling against a plain reference, and the distribution of what is drawn.
 
-use crate::model::{Random, GREEDY};
+use super::model::{Random, GREEDY};
 use lutra_kernels::batch::SampleParameters;
 use lutra_kernels::sampling::{sample, uniform};
 use lutra_kernels::{available, select};

@@ -1,6 +1,6 @@
 //! A shard with measured choices: they are applied, kept, and change no bit.
 
-use crate::model::{self, encode, floats, open, Model, Part, Random, RUN};
+use super::model::{self, encode, floats, open, Model, Part, Random, RUN};
 use lutra_kernels::tune::{tune, Origin};
 use lutra_kernels::{available, SourceType};
 use serde_json::{json, Value};

@@ -4,14 +4,10 @@
 //!
 //! `LUTRA_FUZZ_SECONDS` is the time of each test (1), `LUTRA_FUZZ_SEED` where they begin (1); a failure names its seed.
 
-#[allow(dead_code)]
-#[path = "../shard/model.rs"]
-mod model;
-
+use super::shard_tests::model::{self, encode, Model, Part, Random, Run, GREEDY};
 use lutra_kernels::batch::SampleParameters;
 use lutra_kernels::ffi::*;
 use lutra_kernels::{available, dequantize, pack_as, Error, PackedForm, Pool, SourceType};
-use model::{encode, Model, Part, Random, Run, GREEDY};
 use serde_json::{json, Value};
 use std::path::PathBuf;
 use std::ptr::null;

@@ -5,6 +5,6 @@ mod ffi;
 mod golden;
 mod invariance;
 mod kv;
-mod model;
+pub mod model;
 mod sampling;
 mod tuning;
