@@ -36,11 +36,18 @@ Deno.test("comparePhase: one slow step in ten changes nothing", async () => {
 
 Deno.test("comparePhase: steps longer than a measurement are measured one by one, in three rounds at most", async () => {
   const log: string[] = [];
-  const row = await comparePhase(engine(log, "l", () => 2), engine(log, "p", () => 1), {
-    ...options,
-    phase: "prefill",
-  });
+  const warmUps: number[] = [];
+  const slow = engine(log, "l", () => 2);
+  const watched: Measurable = {
+    ...slow,
+    measure: (request) => {
+      warmUps.push(request.warmUp);
+      return slow.measure(request);
+    },
+  };
+  const row = await comparePhase(watched, engine(log, "p", () => 1), { ...options, phase: "prefill" });
   assert.equal(log.length, 8);
+  assert.deepEqual(warmUps, [0, 1, 1, 1]); // the first tells only how long they take
   assert.equal(row.ratio, 0.5);
 });
 
