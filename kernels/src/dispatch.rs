@@ -10,7 +10,7 @@ use crate::quantize::{Quantize, Tabling};
 use std::fmt;
 
 /// Raised when kernels become faster or slower: what was measured of others counts no more.
-pub(crate) const KERNELS_VERSION: u32 = 7;
+pub(crate) const KERNELS_VERSION: u32 = 8;
 
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -27,7 +27,8 @@ pub(crate) trait Dot {
     const PAIRS: bool = false;
     /// Whether `digits` are negated: 0 ..= −2.
     const NEGATED_DIGITS: bool = false;
-    /// Tiles that `flat` multiplies at once: with two, activations are loaded once for both. Then LANES are all rows of a tile.
+    /// Tiles that `flat` and `nested` multiply at once: with two, `flat` loads activations once for both. Then LANES are all rows
+    /// of a tile.
     const TILES: usize = 1;
 
     unsafe fn splat(value: i32) -> Self::Int;
@@ -128,6 +129,12 @@ pub(crate) trait Dot {
     /// Asks for a line that `prefetch` has asked for to come nearer, where that goes only half the way.
     #[inline(always)]
     unsafe fn prefetch_near(_from: *const u8) {}
+    /// Both for line `LINE` from `from` on, the first `ahead` bytes ahead; here among loads, if that is of consequence.
+    #[inline(always)]
+    unsafe fn prefetch_here<const LINE: usize>(from: *const u8, ahead: usize) {
+        Self::prefetch(from.wrapping_add(ahead + LINE * WORD));
+        Self::prefetch_near(from.wrapping_add(NEAR / Self::TILES + LINE * WORD));
+    }
 }
 
 /// `CODES`: n for `Codes::Fields(n)` with an offset, or one of these for tables.
@@ -598,6 +605,9 @@ pub(super) unsafe fn sub_scales<D: Dot, const SCALE: u8>(words: *const u8, t: us
 /// 16 subs · 128 · 16·63·127 < 2.7·10^8, Σ s'·b at most 255·256·127 < 8.3·10^6, times 32 < 2.7·10^8: all fit i32.
 /// For tables c is the value plus `SIGNED_BIAS`, −127 ..= 255, and the offset takes the bias away; |s| ≤ 32, s' ≤ 63: at most
 /// 32·256·255·127 < 2.7·10^8, and 128·63·256·127 < 2.7·10^8.
+///
+/// Tiles that are given together are multiplied in turns, group by group: from two places in memory at once more is read ahead
+/// than from one.
 #[inline(always)]
 pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: usize>(
     args: &TileArgs,
@@ -605,8 +615,9 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
     out: &mut TileOut,
 ) {
     let groups = check(args, j, N);
-    let size = 256;
-    assert!(args.form.group as usize == size && args.tiles == 1);
+    let (size, tiles) = (256, args.tiles);
+    assert!(args.form.group as usize == size);
+    assert!(tiles == 1 || tiles == D::TILES && D::LANES == FIELD_TILE && tiles <= CHUNKS);
     let (subs, words) = (size / sub(SCALE), sub_words(SCALE));
     let group_bytes = (words + 8 * width(CODES)) * WORD + scale_bytes(SCALE);
     assert!(group_bytes == args.form.group_tile_bytes());
@@ -617,17 +628,24 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
         _ => -D::SIGNED_BIAS,
     };
     let unit = table_values(CODES).unit();
+    let tile_bytes = groups * group_bytes;
+    let ahead = AHEAD / tiles;
     let mut acc = [[D::splat_float(0.0); CHUNKS]; N];
     for g in 0..groups {
-        let group = args.tile.as_ptr().add(g * group_bytes);
-        let units = group.add(words * WORD);
-        let scales = units.add(8 * width(CODES) * WORD);
-        for chunk in 0..FIELD_TILE / D::LANES {
+        for place in 0..tiles * FIELD_TILE / D::LANES {
+            // Of one tile a chunk of its rows, of several all.
+            let (tile, chunk) = if D::LANES == FIELD_TILE { (place, 0) } else { (0, place) };
+            let group = args.tile.as_ptr().add(tile * tile_bytes + g * group_bytes);
+            let units = group.add(words * WORD);
+            let scales = units.add(8 * width(CODES) * WORD);
             let rows = chunk * D::LANES * 4;
             let mut sums: Nested<D, N> = Nested {
                 words: group.add(rows),
                 units: units.add(rows),
                 is_first: chunk == 0,
+                ahead,
+                skip: (tiles - 1) * tile_bytes,
+                skip_from: args.tile.as_ptr().wrapping_add((tile + 1) * tile_bytes).wrapping_sub(ahead),
                 a: args.codes.as_ptr().add((args.first + j) * args.k + g * size),
                 a_stride: args.k,
                 b: args.sub_sums.as_ptr().add(((args.first + j) * groups + g) * subs),
@@ -636,14 +654,16 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
                 other: [D::splat(0); N],
             };
             if chunk == 0 {
-                prefetch::<D, 1>(group, words);
-                prefetch::<D, 1>(scales, scale_bytes(SCALE).div_ceil(WORD));
+                sums.prefetch(group, words);
             }
             quad::<D, CODES, SCALE, N, 0>(&mut sums);
             quad::<D, CODES, SCALE, N, 1>(&mut sums);
             if sub(SCALE) == 16 {
                 quad::<D, CODES, SCALE, N, 2>(&mut sums);
                 quad::<D, CODES, SCALE, N, 3>(&mut sums);
+            }
+            if chunk == 0 {
+                sums.prefetch(scales, scale_bytes(SCALE).div_ceil(WORD));
             }
             let Nested { total, other, .. } = sums;
             let mut d = D::load_half(scales.add(2 * D::LANES * chunk));
@@ -653,7 +673,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
             for n in 0..N {
                 let at = (args.first + j + n) * groups + g;
                 let a = D::splat_float(*args.scales.get_unchecked(at));
-                let acc = &mut acc[n][chunk];
+                let acc = &mut acc[n][place];
                 if has_min {
                     let min = D::load_half(scales.add(2 * (FIELD_TILE + D::LANES * chunk)));
                     *acc = D::fma(D::mul_float(d, a), D::to_float(total[n]), *acc);
@@ -666,7 +686,7 @@ pub(crate) unsafe fn nested<D: Dot, const CODES: u8, const SCALE: u8, const N: u
             }
         }
     }
-    store::<D, N>(&acc, 1, j, out);
+    store::<D, N>(&acc, tiles, j, out);
 }
 
 /// k of a sub.
@@ -701,6 +721,10 @@ struct Nested<D: Dot, const N: usize> {
     units: *const u8,
     /// Whether these are the first rows of the lines, which ask for those ahead.
     is_first: bool,
+    /// How far ahead they ask; from `skip_from` on, where that is beyond the tile, `skip` further, behind the others.
+    ahead: usize,
+    skip: usize,
+    skip_from: *const u8,
     /// Codes and sub-sums of the first row of activations, and the steps to the next.
     a: *const i8,
     a_stride: usize,
@@ -712,23 +736,35 @@ struct Nested<D: Dot, const N: usize> {
     other: [D::Int; N],
 }
 
-/// Subs 4·T .. 4·T + 4. T is a constant, so that every shift is one.
+impl<D: Dot, const N: usize> Nested<D, N> {
+    /// Asks for what lies ahead of these lines, at most six.
+    #[inline(always)]
+    unsafe fn prefetch(&self, from: *const u8, lines: usize) {
+        let ahead = self.ahead + if from >= self.skip_from { self.skip } else { 0 };
+        macro_rules! each {
+            ($($line:literal)*) => { $(if $line < lines { D::prefetch_here::<$line>(from, ahead); })* };
+        }
+        each!(0 1 2 3 4 5);
+    }
+}
+
+/// Subs 4·Q .. 4·Q + 4. Q is a constant, so that every shift is one.
 ///
 /// With `PAIRS`, sums of codes of up to 4 bits over 16 k, |Σ c·a| ≤ 16·15·127 = 30480, are halves: two of them are multiplied with
 /// their scales (−32 ..= 255, halves too) at once.
 #[inline(always)]
-unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T: usize>(sums: &mut Nested<D, N>) {
-    let (s, m) = sub_scales::<D, SCALE>(sums.words, T);
+unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const Q: usize>(sums: &mut Nested<D, N>) {
+    let (s, m) = sub_scales::<D, SCALE>(sums.words, Q);
     let unit_bytes = width(CODES) * WORD;
     let has_min = has_sub_minima(SCALE);
     let narrow = D::PAIRS && width(CODES) <= 4 && !is_signed(CODES);
     for pair in 0..2 {
-        // Subs 4·T + 2·pair and the next.
+        // Subs 4·Q + 2·pair and the next.
         for unit in 0..sub(SCALE) / 16 {
-            let index = (4 * T + 2 * pair) * sub(SCALE) / UNIT + unit;
+            let index = (4 * Q + 2 * pair) * sub(SCALE) / UNIT + unit;
             let at = sums.units.add(index * unit_bytes);
             if sums.is_first {
-                prefetch::<D, 1>(at, width(CODES));
+                sums.prefetch(at, width(CODES));
             }
             if narrow && sub(SCALE) == 16 {
                 let w = decode::<D, CODES>(at);
@@ -797,7 +833,7 @@ unsafe fn quad<D: Dot, const CODES: u8, const SCALE: u8, const N: usize, const T
         }
         let scales = halves::<D>(if has_min { m } else { s }, pair);
         for n in 0..N {
-            let b = sums.b.add(n * sums.b_stride + 4 * T + 2 * pair).cast::<i32>().read_unaligned();
+            let b = sums.b.add(n * sums.b_stride + 4 * Q + 2 * pair).cast::<i32>().read_unaligned();
             sums.other[n] = D::dot_halves(sums.other[n], scales, b);
         }
     }
@@ -959,26 +995,26 @@ macro_rules! dot_table {
                 (Codes::Fields(2), Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(flat::<2, F16, 0>)] },
                 (Codes::Fields(2), Values::Offset(_), S::Tensor, _) => const { &[$($first,)* dot(flat::<2, TENSOR, 0>)] },
                 (Codes::Fields(2), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<2, F16_MIN, 0>)] },
-                (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[$($first,)* dot(nested::<2, SUB4_MIN>)] },
+                (Codes::Fields(2), Values::Offset(_), S::Sub4Min, 256) => const { &[$(paired($first),)* pair(nested::<2, SUB4_MIN>)] },
                 (Codes::Fields(3), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<3, F16_MIN, 0>)] },
-                (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[$($first,)* dot(nested::<3, SUB6>)] },
+                (Codes::Fields(3), Values::Offset(_), S::Sub6, 256) => const { &[$(paired($first),)* pair(nested::<3, SUB6>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16, 32) => const { &[$(paired($first),)* pair(flat::<4, F16, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(flat::<4, F16, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, 32) => const { &[$(paired($first),)* pair(flat::<4, F16_MIN, 1>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Min, _) => const { &[$($first,)* dot(flat::<4, F16_MIN, 0>)] },
-                (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<4, SUB6_MIN>)] },
-                (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ1, SUB6_OF_32>)] },
-                (Codes::Fields(3), Values::Iq1, S::Sub6, 256) => const { &[$($first,)* dot(nested::<IQ1, SUB6>)] },
-                (Codes::Fields(3), Values::Iq2, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ2, SUB6_OF_32>)] },
-                (Codes::Fields(3), Values::Iq2, S::Sub6, 256) => const { &[$($first,)* dot(nested::<IQ2, SUB6>)] },
-                (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_XXS, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ3_S, SUB6_OF_32>)] },
-                (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[$($first,)* dot(nested::<IQ4_NL, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Offset(_), S::Sub6Min, 256) => const { &[$(paired($first),)* pair(nested::<4, SUB6_MIN>)] },
+                (Codes::Fields(3), Values::Iq1, S::Sub6Of32, 256) => const { &[$(paired($first),)* pair(nested::<IQ1, SUB6_OF_32>)] },
+                (Codes::Fields(3), Values::Iq1, S::Sub6, 256) => const { &[$(paired($first),)* pair(nested::<IQ1, SUB6>)] },
+                (Codes::Fields(3), Values::Iq2, S::Sub6Of32, 256) => const { &[$(paired($first),)* pair(nested::<IQ2, SUB6_OF_32>)] },
+                (Codes::Fields(3), Values::Iq2, S::Sub6, 256) => const { &[$(paired($first),)* pair(nested::<IQ2, SUB6>)] },
+                (Codes::Fields(4), Values::Iq3Xxs, S::Sub6Of32, 256) => const { &[$(paired($first),)* pair(nested::<IQ3_XXS, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq3S, S::Sub6Of32, 256) => const { &[$(paired($first),)* pair(nested::<IQ3_S, SUB6_OF_32>)] },
+                (Codes::Fields(4), Values::Iq4Nl, S::Sub6Of32, 256) => const { &[$(paired($first),)* pair(nested::<IQ4_NL, SUB6_OF_32>)] },
                 (Codes::Fields(4), Values::Iq4Nl, S::F16, 32) => const { &[$(paired($first),)* pair(flat::<IQ4_NL, F16, 1>)] },
                 (Codes::Fields(4), Values::Mxfp4, S::E8M0, 32) => const { &[$(paired($first),)* pair(flat::<MXFP4, E8M0, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::F16, 32) => const { &[$(paired($first),)* pair(flat::<5, F16, 1>)] },
                 (Codes::Fields(5), Values::Offset(_), S::F16Min, 32) => const { &[$(paired($first),)* pair(flat::<5, F16_MIN, 1>)] },
-                (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[$($first,)* dot(nested::<5, SUB6_MIN>)] },
+                (Codes::Fields(5), Values::Offset(_), S::Sub6Min, 256) => const { &[$(paired($first),)* pair(nested::<5, SUB6_MIN>)] },
                 (Codes::Fields(2), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<2, F16_ZERO4, 0>)] },
                 (Codes::Fields(3), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<3, F16_ZERO4, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F16Zero4, _) => const { &[$($first,)* dot(flat::<4, F16_ZERO4, 0>)] },
@@ -987,7 +1023,7 @@ macro_rules! dot_table {
                 (Codes::Fields(3), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<3, F32_ZERO4, 0>)] },
                 (Codes::Fields(4), Values::Offset(_), S::F32Zero4, _) => const { &[$($first,)* dot(flat::<4, F32_ZERO4, 0>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F32Zero8, _) => const { &[$($first,)* dot(flat::<8, F32_ZERO8, 0>)] },
-                (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[$($first,)* dot(nested::<6, SUB8>)] },
+                (Codes::Fields(6), Values::Offset(_), S::Sub8, 256) => const { &[$(paired($first),)* pair(nested::<6, SUB8>)] },
                 (Codes::Fields(8), Values::Offset(_), S::F16, 32) => const { &[$(paired($first),)* pair(flat::<8, F16, 1>)] },
                 ($trits, Values::Offset(_), S::F16, 256) => const { &[$($first,)* dot(trits::<256>)] },
                 ($trits, Values::Offset(_), S::F16, _) => const { &[$($first,)* dot(trits::<0>)] },

@@ -5,13 +5,15 @@
 
 use super::avx2::{self, Lanes};
 use super::lookup;
-use crate::arch::dot::{dot_kernels, dot_table, Dot};
+use crate::arch::dot::{dot_kernels, dot_table, Dot, NEAR};
 use crate::arch::vector::Vector;
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{TileArgs, TileOut};
 use crate::ops::attention::{attend, Task, Work};
 use crate::ops::{float_ops, FloatOps};
+use crate::pack::fields::WORD;
 use crate::pack::{trits, Codes, PackedForm, SourceType};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// The set, if this machine can run it.
@@ -312,6 +314,20 @@ impl Dot for Rows {
     #[inline(always)]
     unsafe fn prefetch_near(from: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
+    /// Assembly, as the compiler moves the intrinsics of a loop to its end. For a group with sub-scales that is a burst of dozens,
+    /// in which they wait for each other, and what follows for them.
+    #[inline(always)]
+    unsafe fn prefetch_here<const LINE: usize>(from: *const u8, ahead: usize) {
+        asm!(
+            "prefetcht1 [{from} + {ahead} + {line}]",
+            "prefetcht0 [{from} + {near}]",
+            from = in(reg) from,
+            ahead = in(reg) ahead,
+            line = const LINE * WORD,
+            near = const NEAR / Self::TILES + LINE * WORD,
+            options(nostack, preserves_flags, readonly)
+        );
     }
     #[inline(always)]
     unsafe fn store(a: __m512, to: *mut f32) {
