@@ -231,6 +231,13 @@ impl KvCache {
         BLOCK_TOKENS * self.head_dim * self.kind.element_bytes()
     }
 
+    /// Where the slots lie of the first of some blocks and of those after it that follow each other in memory: address and bytes.
+    pub(crate) fn stretch(&self, blocks: &[u32], layer: usize, head: usize) -> (usize, usize) {
+        let Some(&first) = blocks.first() else { return (0, 0) };
+        let count = blocks.iter().zip(first..).take_while(|&(&block, next)| block == next).count();
+        (self.slot(first, layer, head).keys as usize, count * self.slot_bytes)
+    }
+
     pub(crate) fn slot(&self, block: u32, layer: usize, head: usize) -> Slot {
         let half = self.half_bytes();
         let slot = &self.memory[self.place(block, layer, head)..][..self.slot_bytes];

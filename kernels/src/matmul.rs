@@ -401,6 +401,18 @@ pub fn matmul_gated(
     });
 }
 
+/// The rows of a product that are a thread's share: whole tiles, the largest's size whatever the form.
+fn share(rows: usize, thread: usize, threads: usize) -> Range<usize> {
+    let edge = |thread: usize| (rows.div_ceil(PLANE_TILE) * thread / threads * PLANE_TILE).min(rows);
+    edge(thread)..edge(thread + 1)
+}
+
+/// Where a thread's share of a matrix lies: what it reads, in order.
+pub(crate) fn share_of(w: &PackedMatrix, thread: usize, threads: usize) -> &[u8] {
+    let (rows, tile) = (share(w.rows, thread, threads), w.form.tile_rows());
+    w.tiles_from(rows.start / tile, rows.len().div_ceil(tile))
+}
+
 /// A matrix, its kernel, and where its product goes.
 struct Product<'a> {
     w: &'a PackedMatrix,
@@ -506,15 +518,13 @@ fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize
     for start in (0..n).step_by(block) {
         let inputs = start..n.min(start + block);
         pool.run(parts, &|part| {
-            let mut share = 0..0;
+            let mut rows_here = 0..0;
             OUT.with_borrow_mut(|Aligned(out)| {
                 for p in products {
                     let tile_rows = p.args.form.tile_rows();
-                    // In units of the largest tile, whatever the form.
-                    let edge = |part: usize| (p.w.rows.div_ceil(PLANE_TILE) * part / parts * PLANE_TILE).min(p.w.rows);
-                    share = edge(part)..edge(part + 1);
-                    for row in share.clone().step_by(tile_rows * p.tiles) {
-                        let rows = (tile_rows * p.tiles).min(share.end - row);
+                    rows_here = share(p.w.rows, part, parts);
+                    for row in rows_here.clone().step_by(tile_rows * p.tiles) {
+                        let rows = (tile_rows * p.tiles).min(rows_here.end - row);
                         let tiles = rows.div_ceil(tile_rows);
                         let mut args = TileArgs { tile: p.w.tiles_from(row / tile_rows, tiles), tiles, ..p.args };
                         for first in inputs.clone().step_by(p.width) {
@@ -541,7 +551,7 @@ fn run(products: &[Product], n: usize, pool: &Pool, finish: &(dyn Fn(Range<usize
                     }
                 }
             });
-            finish(inputs.clone(), share);
+            finish(inputs.clone(), rows_here);
         });
     }
 }

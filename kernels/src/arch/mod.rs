@@ -12,6 +12,24 @@ pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
 
+/// Asks for the line of an address, which need not be valid, to come into the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch(at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every such machine has the instruction, which touches nothing that the program sees.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T1};
+        _mm_prefetch::<_MM_HINT_T1>(at as *const i8);
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
+}
+
 #[cfg(test)]
 mod tests {
     //! Forms that no source type of today packs into; `tests/numerics` has the others.

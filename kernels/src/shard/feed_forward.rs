@@ -20,11 +20,13 @@ pub(super) struct Buffers {
 }
 
 impl Shard {
-    /// `b.delta` = what the feed-forward makes of the `n` rows of `b.norm`.
+    /// `b.delta` = what the feed-forward makes of the `n` rows of `b.norm`; `next` is multiplied next.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn feed_forward(
         &self,
         pool: &Pool,
         ffn: &FeedForward,
+        next: Option<&Linear>,
         act: &mut Activations,
         n: usize,
         b: &mut super::Buffers,
@@ -32,18 +34,21 @@ impl Shard {
     ) {
         let x = &b.norm[..n * self.hyper.embedding];
         match (ffn, &self.hyper.moe) {
-            (FeedForward::Mlp(mlp), _) => self.mlp(pool, mlp, x, act, n, &mut b.gate, &mut b.up, &mut b.delta, profile),
+            (FeedForward::Mlp(mlp), _) => {
+                self.mlp(pool, mlp, next, x, act, n, &mut b.gate, &mut b.up, &mut b.delta, profile)
+            }
             (FeedForward::Moe(moe), Some(options)) => self.moe(pool, moe, options, act, n, b, profile),
             (FeedForward::Moe(_), None) => unreachable!("the descriptor was checked"),
         }
     }
 
-    /// `out = down(activation(gate·x) · up·x)` for the `n` rows of `x`.
+    /// `out = down(activation(gate·x) · up·x)` for the `n` rows of `x`; `next` is multiplied next.
     #[allow(clippy::too_many_arguments)]
     fn mlp(
         &self,
         pool: &Pool,
         mlp: &Mlp,
+        next: Option<&Linear>,
         x: &[f32],
         act: &mut Activations,
         n: usize,
@@ -66,6 +71,7 @@ impl Shard {
             resize(up, n * ff);
             let gated = [first, second].map(|l| (self.plans.plan(&l.w, n), &*l.w));
             let pool = self.pool_for(pool, gated.iter().map(|(_, w)| w.bytes()).sum::<usize>() * n);
+            self.expect(pool, Some(&mlp.down));
             let activate = |ks: &Kernels, x: &mut [f32], up: &[f32]| ops::activate(ks, kind, x, Some(up));
             matmul_gated(ks, gated, activate, act, gate, up, pool);
         } else {
@@ -83,6 +89,7 @@ impl Shard {
         self.norm_in_place(pool, mlp.sub_norm.as_ref(), &mut gate[..n * ff], ff);
         self.prepare(pool, &mlp.down, &gate[..n * ff], n, act);
         profile.end(Step::Quantize);
+        self.expect(pool, next);
         self.linear(pool, &mlp.down, act, n, out);
         profile.end(Step::Down);
     }
@@ -118,14 +125,14 @@ impl Shard {
             }
             e.input.clear();
             rows.iter().for_each(|&(i, _)| e.input.extend_from_slice(&b.norm[i * d..(i + 1) * d]));
-            self.mlp(pool, expert, &e.input, act, rows.len(), &mut b.gate, &mut b.up, &mut e.output, profile);
+            self.mlp(pool, expert, None, &e.input, act, rows.len(), &mut b.gate, &mut b.up, &mut e.output, profile);
             for (&(i, share), output) in rows.iter().zip(e.output.chunks_exact(d)) {
                 ops::axpy(ks, &mut b.delta[i * d..(i + 1) * d], share, output);
             }
         }
         let Some(shared) = &moe.shared else { return };
         let shares = moe.shared_gate.as_ref().map(|gate| self.shares(pool, gate, act, n, &b.norm[..n * d]));
-        self.mlp(pool, shared, &b.norm[..n * d], act, n, &mut b.gate, &mut b.up, &mut e.output, profile);
+        self.mlp(pool, shared, None, &b.norm[..n * d], act, n, &mut b.gate, &mut b.up, &mut e.output, profile);
         for (i, (delta, output)) in b.delta.chunks_exact_mut(d).zip(e.output.chunks_exact(d)).take(n).enumerate() {
             ops::axpy(ks, delta, shares.as_ref().map_or(1.0, |shares| shares[i]), output);
         }

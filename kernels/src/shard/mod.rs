@@ -7,14 +7,14 @@ mod progress;
 mod rope;
 mod weights;
 
-use crate::attention::{attend, Past};
+use crate::attention::{Past, Plan};
 use crate::batch::Batch;
 use crate::cores::Pin;
 use crate::descriptor::{Descriptor, Hyper, NormKind};
 use crate::dispatch::{select, Kernels};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, BLOCK_TOKENS};
-use crate::matmul::{matmul_all, matmul_by, Activations};
+use crate::matmul::{matmul_all, matmul_by, share_of, Activations};
 use crate::ops;
 use crate::pack::PackedMatrix;
 use crate::pool::Pool;
@@ -324,6 +324,7 @@ impl Shard {
 
         profile.end(Step::Input);
 
+        let mut plan: Option<Plan> = None;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             if stop.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
                 return Err(Error::new(Error::STOPPED, "stopped"));
@@ -333,6 +334,17 @@ impl Shard {
             resize(&mut b.q, n * wide);
             resize(&mut b.k, n * kv_wide);
             resize(&mut b.v, n * kv_wide);
+            // Rows see the same in every layer, but for windows.
+            let cached: usize = rows.iter().map(|&(_, pos)| layer.window.unwrap_or(pos + 1).min(pos + 1)).sum();
+            let pool_here = self.pool_for(pool, cached * wide * 8);
+            let plan_for = |rows: &[(usize, usize)], kv: &KvCache| {
+                Plan::new(kv, rows, h.heads / h.kv_heads, layer.window, pool_here.threads())
+            };
+            let attention = match plan.take().filter(|plan| plan.fits(n, layer.window)) {
+                Some(plan) => plan,
+                None => plan_for(&rows, kv),
+            };
+            pool.expect(|thread| attention.first(kv, index, &blocks, &rows, thread));
             let mut parts = [(&layer.q, &mut b.q[..]), (&layer.k, &mut b.k[..]), (&layer.v, &mut b.v[..])];
             let linears = parts.each_ref().map(|(l, _)| *l);
             if same_order(linears) {
@@ -401,13 +413,16 @@ impl Shard {
                 soft_cap: h.attention_softcap,
                 window: layer.window,
             };
-            let cached: usize = rows.iter().map(|&(_, pos)| layer.window.unwrap_or(pos + 1).min(pos + 1)).sum();
-            let pool_here = self.pool_for(pool, cached * wide * 8);
-            attend(ks, past, &rows, &b.q[..n * wide], &mut b.attended[..n * wide], &mut b.partials, pool_here);
+            self.expect(pool, Some(&layer.o));
+            let (q, attended) = (&b.q[..n * wide], &mut b.attended[..n * wide]);
+            let attention = if attention.fits(n, layer.window) { attention } else { plan_for(&rows, kv) };
+            attention.attend(ks, past, &rows, q, attended, &mut b.partials, pool_here);
+            plan = Some(attention);
             profile.end(Step::Attention);
             self.norm_in_place(pool, layer.attn_sub_norm.as_ref(), &mut b.attended[..n * wide], wide);
             self.prepare(pool, &layer.o, &b.attended[..n * wide], n, act);
             profile.end(Step::Quantize);
+            self.expect(pool, layer.ffn.first());
             self.linear(pool, &layer.o, act, n, &mut b.delta);
             profile.end(Step::Output);
             self.norm_in_place(pool, layer.attn_post_norm.as_ref(), &mut b.delta[..n * d], d);
@@ -424,7 +439,9 @@ impl Shard {
             if h.parallel {
                 self.add(&mut b.hidden[..n * d], &mut b.delta[..n * d]);
             }
-            self.feed_forward(pool, &layer.ffn, act, n, b, profile);
+            let head = self.weights.head.as_ref().map(|head| &head.output);
+            let next = self.weights.layers.get(index + 1).map(|layer| &layer.q).or(head);
+            self.feed_forward(pool, &layer.ffn, next, act, n, b, profile);
             self.norm_in_place(pool, layer.ffn_post_norm.as_ref(), &mut b.delta[..n * d], d);
             self.add(&mut b.hidden[..n * d], &mut b.delta[..n * d]);
             profile.end(Step::Residual);
@@ -510,6 +527,15 @@ impl Shard {
     /// Prepares the `n` rows of `x` for `l`'s product.
     fn prepare(&self, pool: &Pool, l: &Linear, x: &[f32], n: usize, act: &mut Activations) {
         act.prepare_in_order(self.ks, x, l.order.as_deref(), n, x.len() / n, &[l.w.form], pool);
+    }
+
+    /// Tells the pool's threads that the product after their next job is the one with `l`.
+    fn expect(&self, pool: &Pool, l: Option<&Linear>) {
+        let Some(l) = l else { return };
+        pool.expect(|thread| {
+            let share = share_of(&l.w, thread, pool.threads());
+            (share.as_ptr() as usize, share.len())
+        });
     }
 
     /// `y = x · Wᵀ` for the `n` rows of activations in `act`.

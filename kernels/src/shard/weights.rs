@@ -89,6 +89,16 @@ pub(super) enum FeedForward {
     Moe(Moe),
 }
 
+impl FeedForward {
+    /// What is multiplied first, if it is large.
+    pub fn first(&self) -> Option<&Linear> {
+        match self {
+            FeedForward::Mlp(mlp) => Some(mlp.gate.as_ref().unwrap_or(&mlp.up)),
+            FeedForward::Moe(_) => None,
+        }
+    }
+}
+
 pub(super) struct Layer {
     pub attn_norm: Option<Norm>,
     pub q: Linear,

@@ -36,6 +36,21 @@ fn many_short_jobs_and_pauses_lose_no_wake_up() {
 }
 
 #[test]
+fn what_threads_expect_to_read_need_not_be_there() {
+    let pool = Pool::new(3);
+    let _awake = pool.session();
+    let total = AtomicUsize::new(0);
+    for job in 0..200 {
+        let start = [0, usize::MAX - 100, job << 40, &total as *const AtomicUsize as usize][job % 4];
+        pool.expect(|thread| (start, if thread == job % 3 { 0 } else { usize::MAX }));
+        pool.run(7, &|part| {
+            total.fetch_add(part, Relaxed);
+        });
+    }
+    assert_eq!(total.load(Relaxed), 200 * 21);
+}
+
+#[test]
 fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
     let pool = Pool::new(3);
     for bad in 0..9 {
