@@ -330,18 +330,21 @@ fn shards_survive_any_caller() {
                     for _ in 0..random.below(12) {
                         let handle = [handle, handle, handle, handle, random.word() as u32][random.below(5)];
                         let mut out = vec![0; random.below(600)];
-                        // SAFETY: as above.
                         let _ = match random.below(7) {
+                            // SAFETY: as above.
                             0 => call(&mut random, |err, n| unsafe {
                                 lutra_shard_stats(handle, out.as_mut_ptr(), out.len(), err, n)
                             }),
                             1 => {
                                 let (seq, len) = (random.below(5) as u32, random.below(40) as u32);
+                                // SAFETY: as above.
                                 call(&mut random, |err, n| unsafe { lutra_shard_truncate(handle, seq, len, err, n) })
                             }
                             2 if seed % 2 == 0 => {
+                                // SAFETY: as above.
                                 call(&mut random, |err, n| unsafe { lutra_shard_close(handle, err, n) })
                             }
+                            // SAFETY: as above.
                             3 => call(&mut random, |err, n| unsafe {
                                 lutra_device_info(out.as_mut_ptr(), out.len(), err, n)
                             }),
