@@ -75,7 +75,7 @@ function leaks(counts: readonly Count[]): string[] {
     const [from, to] = [earlier, after].map((part) => most(part, ({ subscriptions }) => subscriptions[name] ?? 0));
     if (to! > from!) found.push(`subscriptions of ${name || "others"}: ${from} to ${to}`);
   }
-  const [from, to] = [earlier, after].map((part) => most(part, ({ sequences }) => sequences));
+  const [from, to] = [before, after].map((part) => most(part, ({ sequences }) => sequences));
   if (to! > from!) found.push(`sequences: ${from} to ${to}`);
   return found;
 }
