@@ -10,9 +10,6 @@ use crate::error::{Error, Result};
 use crate::ops;
 use std::collections::HashMap;
 
-/// Logits that are compared at once.
-const LANES: usize = 32;
-
 /// A token and the natural logarithm of its probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLogprob {
@@ -32,7 +29,7 @@ pub struct Sampled {
 ///
 /// Logits with a NaN, with +∞ or with nothing above −∞ are an error.
 pub fn sample(ks: &Kernels, logits: &mut [f32], p: &SampleParameters, history: &[u32]) -> Result<Sampled> {
-    let max = largest(logits);
+    let max = ops::max(ks, logits);
     if logits.iter().fold(false, |bad, l| bad | l.is_nan()) || !max.is_finite() {
         return Err(Error::data("the model computed logits that are not finite: are its weights damaged?"));
     }
@@ -51,7 +48,7 @@ pub fn sample(ks: &Kernels, logits: &mut [f32], p: &SampleParameters, history: &
         *l = or_never(*l + bias);
     }
     penalise(logits, p, history);
-    let id = if p.temperature == 0.0 { argmax(logits) } else { draw(ks, logits, p, history.len()) };
+    let id = if p.temperature == 0.0 { argmax(ks, logits) } else { draw(ks, logits, p, history.len()) };
     Ok(Sampled { token: TokenLogprob { id, logprob: probability(id) }, top })
 }
 
@@ -88,24 +85,13 @@ fn penalise(logits: &mut [f32], p: &SampleParameters, history: &[u32]) {
     }
 }
 
-/// In lanes, or each comparison waits for the one before it.
-fn largest(logits: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let raise = |lanes: &mut [f32; LANES], logits: &[f32]| {
-        lanes.iter_mut().zip(logits).for_each(|(m, &l)| *m = if l > *m { l } else { *m });
-    };
-    let chunks = logits.chunks_exact(LANES);
-    raise(&mut lanes, chunks.remainder());
-    chunks.for_each(|chunk| raise(&mut lanes, chunk));
-    lanes.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m })
-}
-
 /// The largest logit's id; the lowest on ties.
-fn argmax(logits: &[f32]) -> u32 {
-    let max = largest(logits);
+fn argmax(ks: &Kernels, logits: &[f32]) -> u32 {
+    let max = ops::max(ks, logits);
     // A chunk is compared as a whole: where to stop is asked once for all of its logits.
+    const CHUNK: usize = 32;
     let has_max = |chunk: &[f32]| chunk.iter().fold(false, |found, &l| found | (l == max));
-    let start = LANES * logits.chunks(LANES).position(has_max).unwrap_or(0);
+    let start = CHUNK * logits.chunks(CHUNK).position(has_max).unwrap_or(0);
     (start + logits[start..].iter().position(|&l| l == max).unwrap_or(0)) as u32
 }
 
@@ -167,9 +153,9 @@ fn most_probable(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
 
 /// Draws from the softmax of `logits / temperature`, cut by top-k, top-p and min-p. At least one token always stays.
 fn draw(ks: &Kernels, logits: &[f32], p: &SampleParameters, position: usize) -> u32 {
-    let max = largest(logits);
+    let max = ops::max(ks, logits);
     if !max.is_finite() {
-        return argmax(logits); // a bias beyond f32's range made one certain, or all impossible
+        return argmax(ks, logits); // a bias beyond f32's range made one certain, or all impossible
     }
     // e^((l − max)/T): the most probable token has weight 1.
     let mut weights: Vec<f32> = logits.iter().map(|&l| (l - max) / p.temperature).collect();
