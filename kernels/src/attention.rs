@@ -12,7 +12,7 @@ use crate::dispatch::Kernels;
 use crate::kv::{KvCache, Slot, BLOCK_TOKENS};
 use crate::ops;
 use crate::ops::attention::{padded, partial_len, Task, Work, RANGE};
-use crate::pool::Pool;
+use crate::pool::{portion, Pool};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -146,8 +146,7 @@ impl Plan {
 
     /// The pieces that a thread begins with.
     fn share(&self, thread: usize) -> Range<usize> {
-        let edge = |thread: usize| self.pieces.len() * thread / self.shares.len();
-        edge(thread)..edge(thread + 1)
+        portion(self.pieces.len(), thread, self.shares.len())
     }
 
     /// Where lies what a thread reads first: address and bytes.
@@ -240,24 +239,6 @@ impl Plan {
             });
         });
     }
-}
-
-/// `Plan::attend` by a plan of its own.
-pub fn attend(
-    ks: &Kernels,
-    past: Past<'_>,
-    rows: &[(usize, usize)],
-    q: &[f32],
-    out: &mut [f32],
-    partials: &mut Vec<f32>,
-    pool: &Pool,
-) {
-    if rows.is_empty() {
-        return;
-    }
-    let group = q.len() / rows.len() / (past.kv.kv_heads() * past.kv.head_dim());
-    let plan = Plan::new(past.kv, rows, group.max(1), past.window, pool.threads());
-    plan.attend(ks, past, rows, q, out, partials, pool);
 }
 
 /// Neighbouring rows of the same sequence, at most `most` together.

@@ -3,6 +3,7 @@
 //! No single way of reading is the fastest everywhere: how far the processor looks ahead by itself differs. So there are
 //! several, and the fastest counts; a kernel's share of it is then no better than the kernel is.
 
+use crate::arch::prefetch;
 use crate::dispatch::Kernels;
 use crate::error::Result;
 use crate::pack::Buffer;
@@ -45,7 +46,7 @@ impl Reading {
             Reading::Ahead(distance) => {
                 for step in bytes.chunks(STEP) {
                     for line in (0..step.len()).step_by(LINE) {
-                        prefetch(step.as_ptr().wrapping_add(distance + line));
+                        prefetch::<1>(step.as_ptr().wrapping_add(distance + line));
                     }
                     read(step);
                 }
@@ -60,23 +61,6 @@ impl Reading {
             }
         }
     }
-}
-
-/// Asks for the line at an address, which may be anywhere: a prefetch never fails.
-#[inline(always)]
-pub(crate) fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE belongs to every x86-64, and a prefetch touches nothing.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: PRFM belongs to every 64-bit Arm, and touches nothing.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = at;
 }
 
 /// Read bandwidth in GB/s (10⁹ bytes a second): the best of several passes, each way of reading, of all the pool's threads

@@ -7,7 +7,7 @@
 use crate::arch::vector::Vector;
 use crate::dispatch::{Kernels, Variant};
 use crate::pack::{Codes, PackedForm, PackedMatrix, FIELD_TILE, PLANE_TILE};
-use crate::pool::Pool;
+use crate::pool::{portion, Pool};
 use crate::quantize::{quantize16, Line};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -403,8 +403,8 @@ pub fn matmul_gated(
 
 /// The rows of a product that are a thread's share: whole tiles, the largest's size whatever the form.
 fn share(rows: usize, thread: usize, threads: usize) -> Range<usize> {
-    let edge = |thread: usize| (rows.div_ceil(PLANE_TILE) * thread / threads * PLANE_TILE).min(rows);
-    edge(thread)..edge(thread + 1)
+    let tiles = portion(rows.div_ceil(PLANE_TILE), thread, threads);
+    (tiles.start * PLANE_TILE).min(rows)..(tiles.end * PLANE_TILE).min(rows)
 }
 
 /// Where a thread's share of a matrix lies: what it reads, in order.

@@ -16,6 +16,7 @@ use crate::error::Result;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -263,11 +264,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Thread `index`'s share of a job.
+/// Which of some parts are a thread's: as many for each, as near as may be.
+pub(crate) fn portion(parts: usize, thread: usize, threads: usize) -> Range<usize> {
+    let edge = |thread: usize| (parts as u128 * thread as u128 / threads as u128) as usize;
+    edge(thread)..edge(thread + 1)
+}
+
+/// Computes thread `index`'s share of a job.
 fn share(shared: &Shared, function: Function<'_>, parts: usize, index: usize) -> thread::Result<()> {
-    let edge = |t: usize| (parts as u128 * t as u128 / shared.threads as u128) as usize;
     INSIDE.set(true);
-    let result = catch_unwind(AssertUnwindSafe(|| (edge(index)..edge(index + 1)).for_each(function)));
+    let own = portion(parts, index, shared.threads);
+    let result = catch_unwind(AssertUnwindSafe(|| own.for_each(function)));
     INSIDE.set(false);
     result
 }
@@ -281,7 +288,7 @@ fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicB
         if done() {
             return;
         }
-        prefetch(from.wrapping_add(line));
+        prefetch::<2>(from.wrapping_add(line) as *const u8);
     }
     let mut start = None;
     loop {

@@ -12,19 +12,28 @@ pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
 
-/// Asks for the line of an address, which need not be valid, to come into the second-level cache.
+/// Asks for the line at an address, which may be anywhere, to come into the cache of a level, 1 or 2: a prefetch never fails.
 #[inline(always)]
-pub(crate) fn prefetch(at: usize) {
+pub(crate) fn prefetch<const LEVEL: u8>(at: *const u8) {
+    const { assert!(LEVEL == 1 || LEVEL == 2) };
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: every such machine has the instruction, which touches nothing that the program sees.
+    // SAFETY: SSE belongs to every x86-64, and a prefetch touches nothing.
     unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T1};
-        _mm_prefetch::<_MM_HINT_T1>(at as *const i8);
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0, _MM_HINT_T1};
+        if LEVEL == 1 {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        }
     }
     #[cfg(target_arch = "aarch64")]
-    // SAFETY: as above.
+    // SAFETY: PRFM belongs to every 64-bit Arm, and touches nothing.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
+        if LEVEL == 1 {
+            std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
+        } else {
+            std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
+        }
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;

@@ -340,10 +340,8 @@ impl Shard {
             let plan_for = |rows: &[(usize, usize)], kv: &KvCache| {
                 Plan::new(kv, rows, h.heads / h.kv_heads, layer.window, pool_here.threads())
             };
-            let attention = match plan.take().filter(|plan| plan.fits(n, layer.window)) {
-                Some(plan) => plan,
-                None => plan_for(&rows, kv),
-            };
+            let kept = plan.take().filter(|plan| plan.fits(n, layer.window));
+            let attention = kept.unwrap_or_else(|| plan_for(&rows, kv));
             pool.expect(|thread| attention.first(kv, index, &blocks, &rows, thread));
             let mut parts = [(&layer.q, &mut b.q[..]), (&layer.k, &mut b.k[..]), (&layer.v, &mut b.v[..])];
             let linears = parts.each_ref().map(|(l, _)| *l);

@@ -7,8 +7,8 @@
 
 use super::panel::{self, panel_kernels};
 use crate::arch::dot::{dot_kernels, dot_table, Dot, AHEAD};
+use crate::arch::prefetch;
 use crate::arch::vector::Vector;
-use crate::bandwidth;
 use crate::dispatch::{Isa, Kernels, Variant};
 use crate::matmul::{float_tile, TileArgs, TileKernel, TileOut};
 use crate::ops::float_ops;
@@ -160,7 +160,7 @@ impl Vector for Lanes {
     }
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
-        bandwidth::prefetch(at);
+        prefetch::<1>(at);
     }
     #[inline(always)]
     unsafe fn reduce_add(self) -> f32 {
@@ -369,7 +369,7 @@ unsafe fn bits_rows<const N: usize, const NARROW: bool, const M: usize>(args: &T
             let mut high = [[[vdupq_n_u8(0); 2]; N]; M];
             let at = group.add(block * 4 * N * TILE);
             for line in (0..4 * N * TILE).step_by(64) {
-                bandwidth::prefetch(at.wrapping_add(AHEAD + line));
+                prefetch::<1>(at.wrapping_add(AHEAD + line));
             }
             for octet in 0..4 {
                 let mut index = [[[vdupq_n_u8(0); 2]; 2]; N];
@@ -785,7 +785,7 @@ impl<const DOTPROD: bool> Dot for Rows<DOTPROD> {
     }
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
-        bandwidth::prefetch(from);
+        prefetch::<1>(from);
     }
     #[inline(always)]
     unsafe fn store(a: float32x4_t, to: *mut f32) {
