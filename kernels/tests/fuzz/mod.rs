@@ -4,6 +4,8 @@
 //!
 //! `LUTRA_FUZZ_SECONDS` is the time of each test (1), `LUTRA_FUZZ_SEED` where they begin (1); a failure names its seed.
 
+use super::numerics_tests::same;
+use super::shard_tests::ffi::forward_into;
 use super::shard_tests::model::{self, encode, Model, Part, Random, Run, GREEDY};
 use lutra_kernels::batch::SampleParameters;
 use lutra_kernels::ffi::*;
@@ -47,9 +49,8 @@ fn any_type(random: &mut Random) -> SourceType {
     SourceType::ALL[random.below(SourceType::ALL.len())]
 }
 
-/// The same bits, or NaN both.
-fn same(a: &[f32], b: &[f32]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan())
+fn all_same(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(&a, &b)| same(a, b))
 }
 
 /// A code, or the code and text of an error, whose buffer has any length.
@@ -84,7 +85,7 @@ fn packed_weights_are_the_sources() {
             let mut row = vec![0f32; cols];
             for (r, expected) in expected.chunks_exact(cols).enumerate() {
                 packed.unpack_row(r, &mut row);
-                assert!(same(&row, expected), "{form:?} {rows} × {cols}, row {r}");
+                assert!(all_same(&row, expected), "{form:?} {rows} × {cols}, row {r}");
             }
             // Too short, too long, and shapes that are not the source's.
             let cut = random.below(src.len());
@@ -140,7 +141,7 @@ fn products_and_unpacking_keep_to_their_buffers() {
             assert_eq!(code, Ok(0), "{ty:?} {rows} × {cols} × {n} {isa}");
             results.push(model::floats(&y));
         }
-        assert!(results.iter().all(|y| same(y, &results[0])), "{ty:?} {rows} × {cols} × {n}");
+        assert!(results.iter().all(|y| all_same(y, &results[0])), "{ty:?} {rows} × {cols} × {n}");
         // Anything instead of what is right.
         let odd = |random: &mut Random, right: usize| {
             [right, right, right, right.wrapping_sub(1), right + 1, 0, 1 << 20, u32::MAX as usize][random.below(8)]
@@ -283,23 +284,9 @@ impl Scene {
         let mut out = vec![0; [states, 40 * (vocab * 4 + 200), random.below(5000)][random.below(3)]];
         let mut written = [0; 4];
         let stop = AtomicI32::new((random.below(9) == 0) as i32);
-        // SAFETY: as above; `stop` is an AtomicI32.
+        // SAFETY: as above.
         let code = call(random, |err, n| unsafe {
-            lutra_shard_forward(
-                handle,
-                batch.as_ptr(),
-                batch.len(),
-                input.as_ptr(),
-                input.len(),
-                stop.as_ptr().cast(),
-                4,
-                out.as_mut_ptr(),
-                out.len(),
-                written.as_mut_ptr(),
-                4,
-                err,
-                n,
-            )
+            forward_into(handle, &batch, &input, Some(&stop), &mut out, &mut written, err, n)
         });
         if code.is_ok() {
             assert!(u32::from_le_bytes(written) as usize <= out.len());

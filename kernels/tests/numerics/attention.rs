@@ -2,7 +2,7 @@
 //! and those are near the exact values, in every type of cache.
 
 use super::{assert_same, stride, Random};
-use lutra_kernels::attention::{attend, Past};
+use lutra_kernels::attention::{Past, Plan};
 use lutra_kernels::descriptor::KvType;
 use lutra_kernels::kv::{KvCache, BLOCK_TOKENS};
 use lutra_kernels::{available, ops, select, Isa, Kernels, Pool};
@@ -81,7 +81,8 @@ impl Case {
         let Case { soft_cap, window, .. } = *self;
         let past = Past { kv: &s.kv, layer: 1, blocks: &blocks, scale: self.scale(), soft_cap, window };
         let mut out = vec![f32::NAN; q.len()];
-        attend(ks, past, rows, q, &mut out, &mut Vec::new(), pool);
+        let plan = Plan::new(&s.kv, rows, self.group, window, pool.threads());
+        plan.attend(ks, past, rows, q, &mut out, &mut Vec::new(), pool);
         out
     }
 
@@ -224,9 +225,9 @@ fn all_rows(case: &Case) -> Vec<(usize, usize)> {
 
 #[test]
 fn attention_has_the_specified_order_everywhere() {
-    let mut random = Random::new(41);
+    let mut random = Random(41);
     for case in cases().into_iter().step_by(stride()) {
-        let sequences: Vec<Sequences> = available().iter().map(|ks| case.fill(ks, 2.0, &mut Random::new(43))).collect();
+        let sequences: Vec<Sequences> = available().iter().map(|ks| case.fill(ks, 2.0, &mut Random(43))).collect();
         let rows = all_rows(&case);
         // Maxima rise rarely for every other row, and again and again for the rest.
         let size = |i: usize| if i / case.wide() % 2 == 0 { 3.0 } else { 60.0 };
@@ -280,7 +281,7 @@ fn attention_has_the_specified_order_everywhere() {
 /// factor within e^±2δ, hence the result by (e^2δ − 1)·max|v|, beside what rounding the values does.
 #[test]
 fn results_are_near_the_exact_ones_in_every_cache() {
-    let mut random = Random::new(47);
+    let mut random = Random(47);
     let ks = select(None).unwrap();
     for size in [0.1f32, 1.0, 4.0] {
         for case in cases().into_iter().step_by(stride()) {
@@ -342,7 +343,7 @@ fn damage_shows_in_what_sees_it_and_nowhere_else() {
         let case = Case { kv, dim: 16, kv_heads: 2, group: 2, len: [300, 40], soft_cap: None, window: Some(100) };
         for ks in available() {
             for (value, is_key) in [(f32::NAN, true), (f32::NAN, false), (f32::INFINITY, false)] {
-                let mut random = Random::new(53);
+                let mut random = Random(53);
                 let mut s = case.fill(ks, 1.0, &mut random);
                 let rows = all_rows(&case);
                 let q = random.floats(rows.len() * case.wide());

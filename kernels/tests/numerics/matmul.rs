@@ -151,7 +151,7 @@ fn shapes(ty: SourceType) -> &'static [(usize, usize)] {
 
 #[test]
 fn portable_gives_the_specified_bits() {
-    let mut random = Random::new(2);
+    let mut random = Random(2);
     let (ks, pool) = (select(Some("portable")).unwrap(), Pool::new(1));
     for ty in SourceType::ALL {
         for &(rows, cols) in shapes(ty) {
@@ -173,7 +173,7 @@ fn portable_gives_the_specified_bits() {
 
 #[test]
 fn every_instruction_set_gives_portables_bits() {
-    let mut random = Random::new(3);
+    let mut random = Random(3);
     let (portable, pool) = (select(Some("portable")).unwrap(), Pool::new(1));
     let fills = [0x00, 0x11, 0x55, 0x80, 0xaa, 0xff].map(Weights::Fill);
     let mut case = 0;
@@ -206,7 +206,7 @@ fn every_instruction_set_gives_portables_bits() {
 
 #[test]
 fn sixteen_bits_give_portables_bits_everywhere() {
-    let mut random = Random::new(31);
+    let mut random = Random(31);
     let portable = select(Some("portable")).unwrap();
     for ty in SourceType::ALL {
         for (case, &(rows, cols)) in shapes(ty).iter().enumerate() {
@@ -237,7 +237,7 @@ fn sixteen_bits_give_portables_bits_everywhere() {
 
 #[test]
 fn sixteen_bits_lose_nothing_of_integers_up_to_32512() {
-    let mut random = Random::new(32);
+    let mut random = Random(32);
     let pool = Pool::new(1);
     for ty in SourceType::ALL {
         let (rows, cols, n) = (33, 512, 5);
@@ -307,7 +307,7 @@ fn extreme_sums_are_exact() {
         (SourceType::L3, 0xff, 7.0),
     ] {
         let k = 512;
-        let src = source(ty, 32 * k, Weights::Fill(byte), &mut Random::new(0));
+        let src = source(ty, 32 * k, Weights::Fill(byte), &mut Random(0));
         // Of rows one, and as many as some kernels take otherwise: by four, by two, and one.
         for (sign, n) in [(1.0f32, 1), (1.0, 7), (-1.0, 1), (-1.0, 7)] {
             let x = vec![127.0 * sign; n * k]; // d = 1, so that the product is the integer itself
@@ -323,7 +323,7 @@ fn extreme_sums_are_exact() {
 
 #[test]
 fn threads_batches_and_shared_preparation_change_nothing() {
-    let mut random = Random::new(4);
+    let mut random = Random(4);
     let pools = [1, 2, 3, 8].map(Pool::new);
     for ty in SourceType::ALL {
         // More activations than one block holds, and no whole number of batches.
@@ -360,7 +360,7 @@ fn threads_batches_and_shared_preparation_change_nothing() {
 #[test]
 fn every_plan_gives_the_same_bits() {
     // What the tuner may choose, and more: each form, kernel, number of rows at once and block size.
-    let mut random = Random::new(6);
+    let mut random = Random(6);
     let pool = Pool::new(2);
     for ty in SourceType::ALL {
         let (rows, cols, n) = (49, 1024, 21);
@@ -391,7 +391,7 @@ fn every_plan_gives_the_same_bits() {
 fn products_are_near_the_exact_ones() {
     // Against f64 on the dequantised weights. Rounding activations to 8 bits errs by at most d/2 each, d = max|x|/127 ≤ 1/127;
     // the f32 sums add no more than 1e-5 of Σ|w·x|.
-    let mut random = Random::new(5);
+    let mut random = Random(5);
     let pool = Pool::new(1);
     for ty in SourceType::ALL {
         let (rows, cols) = (40, 768);
@@ -428,7 +428,7 @@ fn selection_is_by_name() {
 #[should_panic(expected = "were not prepared")]
 fn unprepared_activations_are_refused() {
     let (ks, pool) = (select(None).unwrap(), Pool::new(1));
-    let src = source(SourceType::Q4_0, 64, Weights::Fill(0), &mut Random::new(0));
+    let src = source(SourceType::Q4_0, 64, Weights::Fill(0), &mut Random(0));
     let w = pack(SourceType::Q4_0, &src, 1, 64, &pool).unwrap();
     let mut act = Activations::new();
     act.prepare(ks, &[0.0; 64], 1, 64, &[lutra_kernels::PackedForm::of(SourceType::F32)], &pool);
@@ -438,7 +438,7 @@ fn unprepared_activations_are_refused() {
 /// Several matrices in one job, of different forms and heights: each gives what it gives alone.
 #[test]
 fn products_in_one_job_are_those_of_each_alone() {
-    let mut random = Random::new(61);
+    let mut random = Random(61);
     let cols = 512;
     let forms = [
         (SourceType::Q4_0, 33),

@@ -11,13 +11,9 @@ mod pool;
 use lutra_kernels::SourceType;
 
 /// SplitMix64: seeded, the same everywhere.
-pub struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
-        Random(seed)
-    }
-
     pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -27,6 +23,10 @@ impl Random {
 
     pub fn below(&mut self, n: usize) -> usize {
         (self.word() % n as u64) as usize
+    }
+
+    pub fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
+        (0..n).map(|_| self.below(vocab) as u32).collect()
     }
 
     /// In −1 .. 1.

@@ -65,7 +65,7 @@ fn all_ops(ks: &Kernels, x: &[f32], y: &[f32], half: &[u16]) -> Vec<(&'static st
 
 #[test]
 fn every_instruction_set_gives_portables_bits() {
-    let mut random = Random::new(6);
+    let mut random = Random(6);
     let portable = select(Some("portable")).unwrap();
     for n in LENGTHS {
         for kind in 0..3 {
@@ -83,7 +83,7 @@ fn every_instruction_set_gives_portables_bits() {
 
 #[test]
 fn reductions_have_the_specified_order() {
-    let mut random = Random::new(7);
+    let mut random = Random(7);
     let ks = select(None).unwrap();
     for n in LENGTHS {
         let (a, b) = (random.floats(n), random.floats(n));
@@ -124,7 +124,7 @@ fn exp_is_accurate_from_underflow_to_overflow() {
 
 #[test]
 fn results_are_near_the_exact_ones() {
-    let mut random = Random::new(8);
+    let mut random = Random(8);
     let ks = select(None).unwrap();
     for n in LENGTHS {
         let (x, w) = (values(0, n, &mut random), values(0, n, &mut random));

@@ -14,7 +14,7 @@ fn columns(ty: SourceType) -> &'static [usize] {
 
 #[test]
 fn unpack_gives_the_bits_of_dequantize() {
-    let mut random = Random::new(1);
+    let mut random = Random(1);
     let pools = [Pool::new(1), Pool::new(3)];
     for ty in SourceType::ALL {
         for &cols in columns(ty) {
@@ -45,7 +45,7 @@ fn every_byte_value_of_a_ternary_block_is_kept() {
     for ty in [SourceType::TQ1_0, SourceType::TQ2_0] {
         let mut src = vec![];
         for byte in 0..=255u8 {
-            src.extend(source(ty, 256, Weights::Fill(byte), &mut Random::new(0)));
+            src.extend(source(ty, 256, Weights::Fill(byte), &mut Random(0)));
         }
         let mut expected = vec![0f32; 256 * 256];
         dequantize(ty, &src, &mut expected).unwrap();
@@ -66,7 +66,7 @@ fn packed_bytes_stay_within_two_percent_of_the_source() {
     use SourceType::*;
     for ty in SourceType::ALL {
         let (rows, cols) = (2048, 512);
-        let src = source(ty, rows * cols, Weights::Fill(0), &mut Random::new(0));
+        let src = source(ty, rows * cols, Weights::Fill(0), &mut Random(0));
         for form in PackedForm::candidates(ty) {
             let packed = pack_as(form, ty, &src, rows, cols, &Pool::new(1)).unwrap();
             let bits = packed.bytes() as f64 * 8.0 / (rows * cols) as f64;

@@ -31,26 +31,43 @@ fn open(descriptor: &Value) -> std::result::Result<u32, (i32, String)> {
 
 fn forward(handle: u32, batch: &[u8], input: &[u8], stop: Option<&AtomicI32>, out: &mut [u8]) -> Outcome {
     let mut written = [0; 4];
-    let stop = stop.map_or((null(), 0), |s| (s.as_ptr() as *const u8, 4));
     // SAFETY: as above.
-    call(|err, n| unsafe {
-        lutra_shard_forward(
-            handle,
-            batch.as_ptr(),
-            batch.len(),
-            input.as_ptr(),
-            input.len(),
-            stop.0,
-            stop.1,
-            out.as_mut_ptr(),
-            out.len(),
-            written.as_mut_ptr(),
-            4,
-            err,
-            n,
-        )
-    })?;
+    call(|err, n| unsafe { forward_into(handle, batch, input, stop, out, &mut written, err, n) })?;
     Ok(u32::from_le_bytes(written) as i32)
+}
+
+/// `lutra_shard_forward` with buffers as long as the slices.
+///
+/// # Safety
+///
+/// `err` has `n` bytes.
+#[allow(clippy::too_many_arguments)]
+pub unsafe fn forward_into(
+    handle: u32,
+    batch: &[u8],
+    input: &[u8],
+    stop: Option<&AtomicI32>,
+    out: &mut [u8],
+    written: &mut [u8; 4],
+    err: *mut u8,
+    n: usize,
+) -> i32 {
+    let (stop, stop_len) = stop.map_or((null(), 0), |s| (s.as_ptr() as *const u8, 4));
+    lutra_shard_forward(
+        handle,
+        batch.as_ptr(),
+        batch.len(),
+        input.as_ptr(),
+        input.len(),
+        stop,
+        stop_len,
+        out.as_mut_ptr(),
+        out.len(),
+        written.as_mut_ptr(),
+        written.len(),
+        err,
+        n,
+    )
 }
 
 fn close(handle: u32) -> Outcome {

@@ -1,6 +1,7 @@
 //! The same logits, bit for bit, on every instruction set, with any threads, split, chunks and neighbours in the batch.
 
 use super::model::{assert_bits, floats, shared, Model, Part, Random, Run, GREEDY, RUN};
+use crate::numerics_tests::stride;
 use lutra_kernels::available;
 use lutra_kernels::batch::SampleParameters;
 
@@ -23,8 +24,7 @@ fn models() -> Vec<(String, Model)> {
         models.extend(shared(&format!("models/{name}.gguf")).map(|path| (name, Model::open(path))));
     }
     // Not all of them where they would take long: for emulators.
-    let stride = std::env::var("LUTRA_TEST_STRIDE").map_or(1, |n| n.parse().expect("LUTRA_TEST_STRIDE is a number"));
-    models.into_iter().step_by(stride).collect()
+    models.into_iter().step_by(stride()).collect()
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Tests of a layer shard: through `Shard`, and through the C ABI as a foreign caller would use it.
 
 mod descriptor;
-mod ffi;
+pub mod ffi;
 mod golden;
 mod invariance;
 mod kv;

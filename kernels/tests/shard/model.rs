@@ -1,5 +1,6 @@
 //! What the tests need to run a model: a reader of GGUF headers, descriptors, batches, and a row of shards.
 
+pub use crate::numerics_tests::Random;
 use lutra_kernels::batch::SampleParameters;
 use lutra_kernels::descriptor::Descriptor;
 use lutra_kernels::shard::Shard;
@@ -25,24 +26,6 @@ pub fn shared(name: &str) -> Option<PathBuf> {
     );
     println!("skipped: no shared test data in {}", root.display());
     None
-}
-
-/// A SplitMix64 generator: seeded, the same everywhere.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.word() % n as u64) as usize
-    }
-    pub fn tokens(&mut self, n: usize, vocab: usize) -> Vec<u32> {
-        (0..n).map(|_| self.below(vocab) as u32).collect()
-    }
 }
 
 /// Reads a trusted GGUF header.
