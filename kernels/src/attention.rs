@@ -2,11 +2,13 @@
 //!
 //! A piece of work is one KV head and a tile of neighbouring tokens of a sequence: keys and values are read once for all of
 //! the tile's tokens and heads. Where there are few such pieces, each is divided by ranges of positions, which are
-//! always computed by themselves and merged in order (`ops::attention`) by the thread that finishes the last of them. So how
-//! work is divided does not show in the result.
+//! always computed by themselves and merged in order (`ops::attention`). So how work is divided does not show in the result.
 //!
 //! Each thread has a share of neighbouring pieces, so that it asks for the next one's beginning at the end of each, and before the
-//! first (`Plan::first`); who is done takes pieces from the end of others' shares.
+//! first (`Plan::first`); who is done takes pieces from the end of others' shares. Of a divided piece, the part whose turn it is
+//! merges range after range into the total; one that is computed before its turn leaves its results to whoever merges the part
+//! before it. So mostly nothing is written but totals: between two layers' attention weights have filled the caches, and whatever
+//! is used then comes from memory.
 
 use crate::dispatch::Kernels;
 use crate::kv::{KvCache, Slot, BLOCK_TOKENS};
@@ -15,7 +17,7 @@ use crate::ops::attention::{padded, partial_len, Task, Work, RANGE};
 use crate::pool::{portion, Pool};
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicU8, AtomicUsize, Ordering};
 
 /// Query rows (tokens × heads) of a tile, if a token has not more.
 const TILE_ROWS: usize = 32;
@@ -45,17 +47,42 @@ struct Piece {
     rows: Range<usize>,
     head: usize,
     ranges: Range<usize>,
-    /// What this is a part of, and the place of the ranges' results among partial results; `None` if all ranges are here.
-    part_of: Option<(usize, usize)>,
+    /// `None` if all ranges are here.
+    part: Option<Part>,
 }
 
-/// A piece that was divided.
+/// What a piece is a part of.
+struct Part {
+    /// Index of what was divided.
+    of: usize,
+    /// Which of its parts.
+    place: usize,
+    /// Place of the ranges' results, one after the other, among partial results: for a part computed before its turn.
+    results: usize,
+    state: AtomicU8,
+}
+
+/// States of a part: its results are not there; they are; somebody merges them.
+const OPEN: u8 = 0;
+const WRITTEN: u8 = 1;
+const TAKEN: u8 = 2;
+
+impl Part {
+    /// Whether the caller is the one to merge its results.
+    fn claim(&self) -> bool {
+        self.state.compare_exchange(WRITTEN, TAKEN, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// A piece that was divided, into neighbours among all pieces.
 struct Divided {
-    /// Place of its results, one range's after the other.
-    partials: Range<usize>,
+    /// The first of them.
+    first: usize,
     parts: usize,
-    /// Parts that are not finished.
-    left: AtomicUsize,
+    /// Place of what is merged so far, among partial results.
+    total: usize,
+    /// The part that is merged next. Whoever computes it, or has claimed it, has the total for itself.
+    turn: AtomicUsize,
 }
 
 /// Pieces that are left of a thread's share, which are neighbours: the first one's place in the low half, the end in the high half.
@@ -82,9 +109,11 @@ impl Share {
 /// Scratch of one thread.
 #[derive(Default)]
 struct Scratch {
+    /// First row and head whose queries these are.
+    gathered: Option<(usize, usize)>,
     queries: Vec<f32>,
-    slots: Vec<Slot>,
     visible: Vec<Range<usize>>,
+    slots: Vec<Slot>,
     total: Vec<f32>,
     part: Vec<f32>,
     work: Work,
@@ -121,17 +150,18 @@ impl Plan {
                 if split && seen.len() > 1 {
                     let some = seen.len().div_ceil(pieces_wanted.div_ceil(tiles.len() * kv_heads));
                     let size = partial_len(tile.len() * group, dim);
-                    let whole = len..len + seen.len() * size;
-                    for first in seen.clone().step_by(some) {
+                    let (of, first, total) = (divided.len(), pieces.len(), len);
+                    len += size;
+                    for (place, first) in seen.clone().step_by(some).enumerate() {
                         let ranges = first..seen.end.min(first + some);
-                        let part_of = Some((divided.len(), len));
-                        len += ranges.len() * size;
-                        pieces.push(Piece { rows: tile.clone(), head, ranges, part_of });
+                        let part = Part { of, place, results: len, state: AtomicU8::new(OPEN) };
+                        // It is always the first part's turn.
+                        len += if place == 0 { 0 } else { ranges.len() * size };
+                        pieces.push(Piece { rows: tile.clone(), head, ranges, part: Some(part) });
                     }
-                    let parts = seen.len().div_ceil(some);
-                    divided.push(Divided { partials: whole, parts, left: AtomicUsize::new(parts) });
+                    divided.push(Divided { first, parts: pieces.len() - first, total, turn: AtomicUsize::new(0) });
                 } else {
-                    pieces.push(Piece { rows: tile.clone(), head, ranges: seen.clone(), part_of: None });
+                    pieces.push(Piece { rows: tile.clone(), head, ranges: seen.clone(), part: None });
                 }
             }
         }
@@ -187,57 +217,178 @@ impl Plan {
         for (thread, share) in self.shares.iter().enumerate() {
             share.fill(self.share(thread));
         }
-        self.divided.iter().for_each(|divided| divided.left.store(divided.parts, Ordering::Relaxed));
+        let parts = self.pieces.iter().filter_map(|piece| piece.part.as_ref());
+        parts.for_each(|part| part.state.store(OPEN, Ordering::Relaxed));
+        self.divided.iter().for_each(|divided| divided.turn.store(0, Ordering::Relaxed));
         partials.resize(self.partials.max(partials.len()), 0.0);
-        let (target, partial) = (Shared(out.as_mut_ptr()), Shared(partials.as_mut_ptr()));
+        let (out, partials) = (Shared(out.as_mut_ptr()), Shared(partials.as_mut_ptr()));
+        let pass = Pass { plan: self, ks, past, rows, q, wide, out, partials };
         pool.run(threads, &|thread| {
             thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
             SCRATCH.with_borrow_mut(|scratch| {
+                scratch.gathered = None;
                 // Who has none left takes of the others'.
                 let take = || (0..threads).find_map(|i| self.shares[(thread + i) % threads].take(i == 0));
                 while let Some((index, on)) = take() {
-                    let piece = &self.pieces[index];
-                    let next = self.pieces.get(index + 1).filter(|_| on);
-                    let size = partial_len(piece.rows.len() * group, dim);
-                    match piece.part_of {
-                        Some((whole, at)) => {
-                            // SAFETY: pieces have places of their own, within the length just set.
-                            let parts = unsafe { partial.slice(at, piece.ranges.len() * size) };
-                            let mut parts = parts.chunks_exact_mut(size);
-                            past.compute(ks, piece, next, rows, q, wide, scratch, |part| {
-                                parts.next().expect("a place for each range").copy_from_slice(part);
-                            });
-                            // Acquires what the other parts' threads released when they had written theirs.
-                            let Divided { partials, left, .. } = &self.divided[whole];
-                            if left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                                // SAFETY: all parts are written, and this thread alone was the last.
-                                let all = unsafe { partial.slice(partials.start, partials.len()) };
-                                let (total, parts) = all.split_at_mut(size);
-                                parts
-                                    .chunks_exact(size)
-                                    .for_each(|part| ops::merge(ks, piece.rows.len() * group, total, part));
-                                // SAFETY: these heads of these rows are the divided piece's alone.
-                                unsafe { finish(ks, piece, total, dim, wide, target) };
-                            }
-                        }
-                        None => {
-                            let mut total = std::mem::take(&mut scratch.total);
-                            total.clear();
-                            past.compute(ks, piece, next, rows, q, wide, scratch, |part| {
-                                if total.is_empty() {
-                                    total.extend_from_slice(part);
-                                } else {
-                                    ops::merge(ks, piece.rows.len() * group, &mut total, part);
-                                }
-                            });
-                            // SAFETY: these heads of these rows are this piece's alone.
-                            unsafe { finish(ks, piece, &total, dim, wide, target) };
-                            scratch.total = total;
-                        }
-                    }
+                    pass.compute(&self.pieces[index], self.pieces.get(index + 1).filter(|_| on), scratch);
                 }
             });
         });
+    }
+}
+
+/// A call of [`Plan::attend`].
+struct Pass<'a> {
+    plan: &'a Plan,
+    ks: &'a Kernels,
+    past: Past<'a>,
+    rows: &'a [(usize, usize)],
+    q: &'a [f32],
+    /// Floats of a row.
+    wide: usize,
+    out: Shared,
+    partials: Shared,
+}
+
+impl Pass<'_> {
+    /// Floats of a range's results.
+    fn size(&self, piece: &Piece) -> usize {
+        partial_len(piece.rows.len() * self.plan.group, self.past.kv.head_dim())
+    }
+
+    /// Computes a piece, `next` behind which is likely to be the thread's next.
+    fn compute(&self, piece: &Piece, next: Option<&Piece>, scratch: &mut Scratch) {
+        self.gather(piece, scratch);
+        let size = self.size(piece);
+        let Some(part) = &piece.part else {
+            let mut total = std::mem::take(&mut scratch.total);
+            total.resize(size, 0.0);
+            self.sum(piece, next, scratch, &mut total, true);
+            self.finish(piece, &total);
+            scratch.total = total;
+            return;
+        };
+        let whole = &self.plan.divided[part.of];
+        // SAFETY: used only when it is this part's turn, below.
+        let total = || unsafe { self.partials.slice(whole.total, size) };
+        // Whoever gives the turn to this part sees that it is not written, so it stays this thread's.
+        if whole.turn.load(Ordering::SeqCst) == part.place {
+            let total = total();
+            self.sum(piece, next, scratch, total, part.place == 0);
+            self.pass_on(piece, part, total);
+            return;
+        }
+        // SAFETY: parts have places of their own, within the length that `attend` has seen to; nobody reads before it is written.
+        let results = unsafe { self.partials.slice(part.results, piece.ranges.len() * size) };
+        for (range, result) in piece.ranges.clone().zip(results.chunks_exact_mut(size)) {
+            self.range(piece, range, next, scratch, result);
+        }
+        part.state.store(WRITTEN, Ordering::SeqCst);
+        // Sequentially consistent against `pass_on`, which gives the turn and then looks: one of the two sees the other, and if both
+        // do, one has it.
+        if whole.turn.load(Ordering::SeqCst) == part.place && part.claim() {
+            let total = total();
+            self.merge(piece, part, total);
+            self.pass_on(piece, part, total);
+        }
+    }
+
+    /// After a part is merged: merges those behind it whose results are there, or finishes.
+    fn pass_on(&self, piece: &Piece, part: &Part, total: &mut [f32]) {
+        let whole = &self.plan.divided[part.of];
+        for place in part.place + 1..whole.parts {
+            whole.turn.store(place, Ordering::SeqCst);
+            let piece = &self.plan.pieces[whole.first + place];
+            let Some(part) = piece.part.as_ref().filter(|part| part.claim()) else { return };
+            self.merge(piece, part, total);
+        }
+        self.finish(piece, total);
+    }
+
+    /// Merges a part's written results, which the caller has claimed.
+    fn merge(&self, piece: &Piece, part: &Part, total: &mut [f32]) {
+        // SAFETY: they are written, and will not be again in this call.
+        let results = unsafe { self.partials.slice(part.results, piece.ranges.len() * total.len()) };
+        for result in results.chunks_exact(total.len()) {
+            ops::merge(self.ks, piece.rows.len() * self.plan.group, total, result);
+        }
+    }
+
+    /// Computes a piece's ranges and merges them into the total, which the first of them begins if `begins`.
+    fn sum(&self, piece: &Piece, next: Option<&Piece>, scratch: &mut Scratch, total: &mut [f32], begins: bool) {
+        for range in piece.ranges.clone() {
+            if begins && range == piece.ranges.start {
+                self.range(piece, range, next, scratch, total);
+                continue;
+            }
+            let mut part = std::mem::take(&mut scratch.part);
+            part.resize(total.len(), 0.0);
+            self.range(piece, range, next, scratch, &mut part);
+            ops::merge(self.ks, piece.rows.len() * self.plan.group, total, &part);
+            scratch.part = part;
+        }
+    }
+
+    /// Sees to it that the scratch has a piece's queries, and the positions that they see.
+    fn gather(&self, piece: &Piece, scratch: &mut Scratch) {
+        let wanted = Some((piece.rows.start, piece.head));
+        if scratch.gathered == wanted {
+            return;
+        }
+        scratch.gathered = wanted;
+        let Scratch { queries, visible, .. } = scratch;
+        queries.clear();
+        visible.clear();
+        let own = self.plan.group * self.past.kv.head_dim();
+        for row in piece.rows.clone() {
+            queries.extend_from_slice(&self.q[row * self.wide + piece.head * own..][..own]);
+            visible.push(self::visible(self.past.window, self.rows[row].1));
+        }
+        ops::scale(self.ks, queries, self.past.scale);
+    }
+
+    /// Computes a range of a piece whose queries are gathered.
+    fn range(&self, piece: &Piece, range: usize, next: Option<&Piece>, scratch: &mut Scratch, result: &mut [f32]) {
+        let Past { kv, layer, blocks, soft_cap, .. } = self.past;
+        let Scratch { queries, visible, slots, work, .. } = scratch;
+        let own = blocks[self.rows[piece.rows.start].0];
+        let end = visible.last().map_or(0, |seen| seen.end.div_ceil(BLOCK_TOKENS));
+        assert!(end <= own.len(), "attend: {} blocks of {end}", own.len());
+        let slot = |&block: &u32| kv.slot(block, layer, piece.head);
+        let last = end.min((range + 1) * BLOCKS);
+        slots.clear();
+        slots.extend(own[range * BLOCKS..last].iter().map(slot));
+        let behind = || {
+            let next = next?;
+            Some(kv.slot(blocks[self.rows[next.rows.start].0][next.ranges.start * BLOCKS], layer, next.head))
+        };
+        let task = Task {
+            kind: kv.kind(),
+            dim: kv.head_dim(),
+            group: self.plan.group,
+            queries,
+            visible,
+            start: range * RANGE,
+            slots,
+            next: if range + 1 < piece.ranges.end { Some(slot(&own[last])) } else { behind() },
+            soft_cap,
+        };
+        // SAFETY: `ks` is usable on this machine. The slots are the cache's, and hold what the tokens see, as the caller of
+        // `attend` promises; if not, they hold other numbers.
+        unsafe { (self.ks.ops.attend)(&task, work, result) };
+    }
+
+    /// Divides a piece's total into the output.
+    fn finish(&self, piece: &Piece, total: &[f32]) {
+        let (group, dim) = (self.plan.group, self.past.kv.head_dim());
+        let rows = piece.rows.len() * group;
+        for i in 0..rows {
+            let at = (piece.rows.start + i / group) * self.wide + (piece.head * group + i % group) * dim;
+            // SAFETY: these heads of these rows are the piece's alone, or the divided one's whose last part is merged.
+            let out = unsafe { self.out.slice(at, dim) };
+            out.copy_from_slice(&total[2 * rows + i * padded(dim)..][..dim]);
+            ops::scale(self.ks, out, 1.0 / total[rows + i]);
+        }
     }
 }
 
@@ -256,79 +407,6 @@ fn tiles(rows: &[(usize, usize)], most: usize) -> Vec<Range<usize>> {
 /// What the token of a position sees.
 fn visible(window: Option<usize>, position: usize) -> Range<usize> {
     window.map_or(0, |window| (position + 1).saturating_sub(window.max(1)))..position + 1
-}
-
-impl Past<'_> {
-    /// Computes a piece, `next` behind which is likely to be the thread's next; `each` gets the ranges' results in order.
-    #[allow(clippy::too_many_arguments)]
-    fn compute(
-        &self,
-        ks: &Kernels,
-        piece: &Piece,
-        next: Option<&Piece>,
-        rows: &[(usize, usize)],
-        q: &[f32],
-        wide: usize,
-        scratch: &mut Scratch,
-        mut each: impl FnMut(&[f32]),
-    ) {
-        let (dim, kv_heads) = (self.kv.head_dim(), self.kv.kv_heads());
-        let group = wide / (kv_heads * dim);
-        let Scratch { queries, slots, visible, part, work, .. } = scratch;
-        queries.clear();
-        visible.clear();
-        for row in piece.rows.clone() {
-            queries.extend_from_slice(&q[row * wide + piece.head * group * dim..][..group * dim]);
-            visible.push(self::visible(self.window, rows[row].1));
-        }
-        ops::scale(ks, queries, self.scale);
-        let blocks = self.blocks[rows[piece.rows.start].0];
-        let end = visible.last().map_or(0, |seen| seen.end.div_ceil(BLOCK_TOKENS));
-        assert!(end <= blocks.len(), "attend: {} blocks of {end}", blocks.len());
-        part.resize(partial_len(visible.len() * group, dim), 0.0);
-        let behind = next.map(|next| {
-            let blocks = self.blocks[rows[next.rows.start].0];
-            self.kv.slot(blocks[next.ranges.start * BLOCKS], self.layer, next.head)
-        });
-        for range in piece.ranges.clone() {
-            slots.clear();
-            let slot = |&block: &u32| self.kv.slot(block, self.layer, piece.head);
-            let last = end.min((range + 1) * BLOCKS);
-            slots.extend(blocks[range * BLOCKS..last].iter().map(slot));
-            let task = Task {
-                kind: self.kv.kind(),
-                dim,
-                group,
-                queries,
-                visible,
-                start: range * RANGE,
-                slots,
-                next: if range + 1 < piece.ranges.end { Some(slot(&blocks[last])) } else { behind },
-                soft_cap: self.soft_cap,
-            };
-            // SAFETY: `ks` is usable on this machine. The slots are the cache's, and hold what the tokens see, as the caller
-            // promises; if not, they hold other numbers.
-            unsafe { (ks.ops.attend)(&task, work, part) };
-            each(part);
-        }
-    }
-}
-
-/// Divides a piece's sums into the output.
-///
-/// # Safety
-///
-/// `out` has `wide` floats of every row, and nobody else uses the piece's heads and rows of it.
-unsafe fn finish(ks: &Kernels, piece: &Piece, total: &[f32], dim: usize, wide: usize, out: Shared) {
-    let rows = total.len() / (2 + padded(dim));
-    let group = rows / piece.rows.len();
-    for i in 0..rows {
-        let at = (piece.rows.start + i / group) * wide + (piece.head * group + i % group) * dim;
-        // SAFETY: the caller's.
-        let out = unsafe { out.slice(at, dim) };
-        out.copy_from_slice(&total[2 * rows + i * padded(dim)..][..dim]);
-        ops::scale(ks, out, 1.0 / total[rows + i]);
-    }
 }
 
 /// A pointer that threads write through, each to places of its own.

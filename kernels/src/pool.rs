@@ -41,11 +41,10 @@ thread_local! {
 
 type Function<'a> = &'a (dyn Fn(usize) + Sync);
 
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct Job {
     function: Function<'static>,
     parts: usize,
-    caller: Thread,
 }
 
 /// Memory that a thread is going to read: no more than two numbers, as it is only asked for.
@@ -55,26 +54,46 @@ struct Expected {
     bytes: AtomicUsize,
 }
 
-struct Shared {
-    threads: usize,
-    spin: Duration,
-    /// Open sessions: while there are any, idle threads keep looking for jobs, however long. Stays 0 in crowded pools.
-    sessions: AtomicUsize,
+/// What is alone on its cache line: every line that another core has written takes a worker a tenth of a microsecond.
+#[derive(Default)]
+#[repr(align(64))]
+struct Line<T>(T);
+
+/// What a worker looks at until a job comes, and then reads: on one line.
+#[derive(Default)]
+struct Call {
     /// Number of jobs published; a worker runs once for every step.
     generation: AtomicUsize,
     /// Written by the caller before `generation` rises, read by workers after it did, and not touched again before
     /// `pending` has come back to 0.
     job: UnsafeCell<Option<Job>>,
+    stop: AtomicBool,
+}
+
+/// What the caller looks at until all are done.
+#[derive(Default)]
+struct Return {
     /// Workers that have not finished the current job.
     pending: AtomicUsize,
     /// The caller sleeps (or is about to) until `pending` is 0.
     caller_sleeps: AtomicBool,
+}
+
+struct Shared {
+    threads: usize,
+    spin: Duration,
+    /// Open sessions: while there are any, idle threads keep looking for jobs, however long. Stays 0 in crowded pools.
+    sessions: AtomicUsize,
+    call: Line<Call>,
+    end: Line<Return>,
+    /// Who is to be woken when it sleeps. Set before each sleep and not at each call: to count one more owner of a thread's handle,
+    /// and one less, all workers would take turns at a line.
+    caller: Mutex<Option<Thread>>,
     /// Worker `t + 1` sleeps (or is about to).
     asleep: Vec<AtomicBool>,
     /// What each thread asks for when it waits next, the caller first.
-    expected: Vec<Expected>,
+    expected: Vec<Line<Expected>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    stop: AtomicBool,
 }
 
 // SAFETY: `job` is the only field that is not Sync by itself; the protocol on `generation` and `pending` described there
@@ -117,14 +136,12 @@ impl Pool {
             threads: workers.len() + 1,
             spin: if wanted > cores { SPIN_CROWDED } else { SPIN },
             sessions: AtomicUsize::new(0),
-            generation: AtomicUsize::new(0),
-            job: UnsafeCell::new(None),
-            pending: AtomicUsize::new(0),
-            caller_sleeps: AtomicBool::new(false),
+            call: Line::default(),
+            end: Line::default(),
+            caller: Mutex::new(None),
             asleep: workers.iter().map(|_| AtomicBool::new(false)).collect(),
-            expected: (0..=workers.len()).map(|_| Expected::default()).collect(),
+            expected: (0..=workers.len()).map(|_| Line::default()).collect(),
             panic: Mutex::new(None),
-            stop: AtomicBool::new(false),
         });
         for sender in senders.iter().take(workers.len()) {
             let _ = sender.send(shared.clone());
@@ -184,7 +201,7 @@ impl Pool {
     /// Wakes the workers that sleep.
     fn wake(&self) {
         for (asleep, worker) in self.shared.asleep.iter().zip(&self.workers) {
-            if asleep.swap(false, SeqCst) {
+            if asleep.load(SeqCst) && asleep.swap(false, SeqCst) {
                 worker.thread().unpark();
             }
         }
@@ -196,7 +213,7 @@ impl Pool {
         if self.workers.is_empty() {
             return; // nobody waits
         }
-        for (thread, expected) in self.shared.expected.iter().enumerate() {
+        for (thread, Line(expected)) in self.shared.expected.iter().enumerate() {
             let (start, bytes) = of(thread);
             expected.start.store(start, Relaxed);
             expected.bytes.store(bytes.min(EXPECTED), Relaxed);
@@ -215,14 +232,16 @@ impl Pool {
         // SAFETY: only the lifetime changes. Workers use the reference only between the rise of `generation` and their
         // decrement of `pending`, and this function does not return, nor unwind, before `pending` is 0.
         let function = unsafe { std::mem::transmute::<Function<'_>, Function<'static>>(f) };
+        let (Line(call), Line(end)) = (&shared.call, &shared.end);
         // SAFETY: no worker reads the job now: `pending` is 0, and all wait for `generation` to rise. `turn` excludes
         // other callers.
-        unsafe { *shared.job.get() = Some(Job { function, parts, caller: thread::current() }) };
-        shared.pending.store(self.workers.len(), Relaxed);
-        shared.generation.fetch_add(1, SeqCst);
+        unsafe { *call.job.get() = Some(Job { function, parts }) };
+        end.pending.store(self.workers.len(), Relaxed);
+        call.generation.fetch_add(1, SeqCst);
         self.wake();
         let own = share(shared, function, parts, 0);
-        wait(shared, 0, || shared.pending.load(Acquire) == 0, &shared.caller_sleeps);
+        let asleep = || *lock(&shared.caller) = Some(thread::current());
+        wait(shared, 0, || end.pending.load(Acquire) == 0, &end.caller_sleeps, asleep);
         let theirs = lock(&shared.panic).take();
         if let Some(panic) = own.err().or(theirs) {
             resume_unwind(panic);
@@ -252,7 +271,7 @@ impl Drop for Session<'_> {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.stop.store(true, SeqCst);
+        self.shared.call.0.stop.store(true, SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             let _ = worker.join();
@@ -279,10 +298,10 @@ fn share(shared: &Shared, function: Function<'_>, parts: usize, index: usize) ->
     result
 }
 
-/// Waits until `done()`, spinning for a while (or as long as a session is open) and then asleep. Whoever makes `done` true must afterwards swap `sleeps` to
-/// false and unpark this thread if it was true. A stray unpark does no harm.
-fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicBool) {
-    let expected = &shared.expected[index];
+/// Waits until `done()`, spinning for a while (or as long as a session is open) and then, after `asleep()`, asleep. Whoever makes
+/// `done` true must afterwards swap `sleeps` to false and unpark this thread if it was true. A stray unpark does no harm.
+fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicBool, asleep: impl Fn()) {
+    let Line(expected) = &shared.expected[index];
     let (from, bytes) = (expected.start.load(Relaxed), expected.bytes.swap(0, Relaxed));
     for line in (0..bytes).step_by(LINE) {
         if done() {
@@ -304,6 +323,7 @@ fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicB
             break;
         }
     }
+    asleep();
     loop {
         // Sequentially consistent against the other side's "make done true, then swap sleeps": at least one of the two
         // sees the other, so that no wake-up is lost.
@@ -318,24 +338,28 @@ fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicB
 }
 
 fn work(shared: &Shared, index: usize) {
+    let (Line(call), Line(end)) = (&shared.call, &shared.end);
     let mut seen = 0;
     loop {
-        let called = || shared.generation.load(SeqCst) != seen || shared.stop.load(SeqCst);
-        wait(shared, index, called, &shared.asleep[index - 1]);
-        if shared.generation.load(SeqCst) == seen {
+        let called = || call.generation.load(SeqCst) != seen || call.stop.load(SeqCst);
+        wait(shared, index, called, &shared.asleep[index - 1], || {});
+        if call.generation.load(SeqCst) == seen {
             return; // stop
         }
         seen = seen.wrapping_add(1);
         // SAFETY: `generation` has risen for this job and this worker has not yet decremented `pending`, so the caller
         // does not write.
-        let job = unsafe { (*shared.job.get()).clone() };
-        if let Some(Job { function, parts, caller }) = job {
+        let job = unsafe { *call.job.get() };
+        if let Some(Job { function, parts }) = job {
             if let Err(panic) = share(shared, function, parts, index) {
                 lock(&shared.panic).get_or_insert(panic);
             }
-            // The caller may return and drop `f` from here on; the Thread handle is this worker's own.
-            if shared.pending.fetch_sub(1, SeqCst) == 1 && shared.caller_sleeps.swap(false, SeqCst) {
-                caller.unpark();
+            // The caller may return and drop `f` from here on, and even call anew; then it does not sleep, or for the new job, and
+            // wakes to look again.
+            if end.pending.fetch_sub(1, SeqCst) == 1 && end.caller_sleeps.swap(false, SeqCst) {
+                if let Some(caller) = &*lock(&shared.caller) {
+                    caller.unpark();
+                }
             }
         }
     }

@@ -470,27 +470,43 @@ unsafe fn weigh<V: Vector, E: Element, const N: usize>(
 pub(crate) unsafe fn merge<V: Vector>(rows: usize, total: &mut [f32], part: &[f32]) {
     assert!(total.len() == part.len() && rows > 0 && total.len() % rows == 0);
     let width = total.len() / rows - 2;
-    assert!(width % V::LANES == 0);
-    for row in 0..rows {
-        let (sum, values) = (rows + row, 2 * rows + row * width);
-        if part[sum] == 0.0 {
-            continue; // saw nothing
-        }
-        if total[sum] == 0.0 {
-            total[row] = part[row];
-            total[sum] = part[sum];
-            total[values..][..width].copy_from_slice(&part[values..][..width]);
-            continue;
-        }
-        let max = if part[row] > total[row] { part[row] } else { total[row] };
-        let factor = |before: f32| exp_weight(V::splat(before - max));
-        let (a, b) = (factor(total[row]), factor(part[row]));
-        let mut sums = [0f32; MAX_LANES];
-        V::splat(part[sum]).fma(b, V::splat(total[sum]).mul(a)).store(sums.as_mut_ptr());
-        (total[row], total[sum]) = (max, sums[0]);
-        for i in (values..values + width).step_by(V::LANES) {
-            let place = total.as_mut_ptr().add(i);
-            V::load(part.as_ptr().add(i)).fma(b, V::load(place).mul(a)).store(place);
+    assert!(width % V::LANES == 0 && V::LANES <= MAX_LANES);
+    for first in (0..rows).step_by(V::LANES) {
+        // As many rows at once as there are lanes; what lanes without a row hold is of no account.
+        let some = V::LANES.min(rows - first);
+        let lanes = |from: &[f32], at: usize| {
+            let mut lanes = [0f32; MAX_LANES];
+            lanes[..some].copy_from_slice(&from[at..][..some]);
+            V::load(lanes.as_ptr())
+        };
+        let spread = |v: V| {
+            let mut lanes = [0f32; MAX_LANES];
+            v.store(lanes.as_mut_ptr());
+            lanes
+        };
+        let (before, later) = (lanes(total, first), lanes(part, first));
+        let max = later.max(before);
+        let (a, b) = (exp_weight(before.sub(max)), exp_weight(later.sub(max)));
+        let sums = spread(lanes(part, rows + first).fma(b, lanes(total, rows + first).mul(a)));
+        let (max, a, b) = (spread(max), spread(a), spread(b));
+        for i in 0..some {
+            let row = first + i;
+            let (sum, values) = (rows + row, 2 * rows + row * width);
+            if part[sum] == 0.0 {
+                continue; // saw nothing
+            }
+            if total[sum] == 0.0 {
+                total[row] = part[row];
+                total[sum] = part[sum];
+                total[values..][..width].copy_from_slice(&part[values..][..width]);
+                continue;
+            }
+            (total[row], total[sum]) = (max[i], sums[i]);
+            let (a, b) = (V::splat(a[i]), V::splat(b[i]));
+            for at in (values..values + width).step_by(V::LANES) {
+                let place = total.as_mut_ptr().add(at);
+                V::load(part.as_ptr().add(at)).fma(b, V::load(place).mul(a)).store(place);
+            }
         }
     }
 }

@@ -276,6 +276,33 @@ fn attention_has_the_specified_order_everywhere() {
     }
 }
 
+/// Parts of a divided piece come in any order: before their turn, in it, several at once.
+#[test]
+fn parts_are_merged_in_order_whoever_is_first() {
+    let ks = select(None).unwrap();
+    let case = Case { kv: KvType::F16, dim: 8, kv_heads: 1, group: 2, len: [3500, 1], soft_cap: None, window: None };
+    let mut random = Random(53);
+    let s = case.fill(ks, 2.0, &mut random);
+    for rows in [&[(0, 3499)][..], &[(0, 3400), (0, 3401), (1, 0), (0, 1200)]] {
+        let q = random.floats(rows.len() * case.wide());
+        let expected = case.attend(ks, &s, rows, &q, &Pool::new(1));
+        let blocks: Vec<&[u32]> = (0..2).map(|i| &*s.kv.get(i).unwrap().blocks).collect();
+        let past =
+            Past { kv: &s.kv, layer: 1, blocks: &blocks, scale: case.scale(), soft_cap: None, window: case.window };
+        for threads in [2, 3, 5, 16] {
+            let (pool, plan) = (Pool::new(threads), Plan::new(&s.kv, rows, case.group, None, threads));
+            let mut partials = Vec::new();
+            for _ in 0..400 {
+                let mut out = vec![f32::NAN; q.len()];
+                // What a call leaves must not show in the next.
+                partials.fill(f32::NAN);
+                plan.attend(ks, past, rows, &q, &mut out, &mut partials, &pool);
+                assert_same(&out, &expected, &format!("{threads} threads, {rows:?}"));
+            }
+        }
+    }
+}
+
 /// Rounding a key to x(1 + e) moves a score by at most scale·Σ|q·k|·|e|; codes of 8 bits are off by max|k|/254 each, which
 /// moves a score by scale·Σ|q|·max|k|/254. A cap does not add to that. If no score moves by more than δ, a weight moves by a
 /// factor within e^±2δ, hence the result by (e^2δ − 1)·max|v|, beside what rounding the values does.

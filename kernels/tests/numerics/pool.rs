@@ -94,6 +94,30 @@ fn callers_take_turns_and_nesting_runs_inline() {
 }
 
 #[test]
+fn callers_that_fell_asleep_are_woken_each_by_its_own_job() {
+    let pool = Pool::new(2);
+    let total = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for caller in 0..3u64 {
+            let (pool, total) = (&pool, &total);
+            scope.spawn(move || {
+                for job in 0..60 {
+                    // About as long as a caller looks before it sleeps, so that it is woken on its way there, too.
+                    let pause = Duration::from_micros((job * 37 + caller * 11) % 240);
+                    pool.run(2, &|part| {
+                        if part == 1 {
+                            std::thread::sleep(pause);
+                        }
+                        total.fetch_add(1, Relaxed);
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(total.load(Relaxed), 3 * 60 * 2);
+}
+
+#[test]
 fn sessions_nest_end_and_change_no_result() {
     for threads in [1, 2, 3, 9] {
         let pool = Pool::new(threads);
