@@ -12,6 +12,7 @@ use crate::dispatch::Kernels;
 use crate::error::{Error, Result};
 use crate::ops;
 use memmap2::MmapMut;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 /// Positions of a block.
@@ -59,9 +60,6 @@ pub struct KvCache {
     kv_heads: usize,
     head_dim: usize,
     slot_bytes: usize,
-    /// A row's floats on their way into the cache.
-    halves: Vec<u16>,
-    codes: Vec<i8>,
     free: Vec<u32>,
     total: usize,
     sequences: HashMap<u32, Sequence>,
@@ -88,19 +86,7 @@ impl KvCache {
         let _ = memory.advise(memmap2::Advice::HugePage);
         // The first blocks are handed out first.
         let free = (0..total as u32).rev().collect();
-        Ok(Self {
-            memory,
-            kind,
-            layers,
-            kv_heads,
-            head_dim,
-            slot_bytes,
-            halves: vec![0; head_dim],
-            codes: vec![0; head_dim],
-            free,
-            total,
-            sequences: HashMap::new(),
-        })
+        Ok(Self { memory, kind, layers, kv_heads, head_dim, slot_bytes, free, total, sequences: HashMap::new() })
     }
 
     pub fn kind(&self) -> KvType {
@@ -251,12 +237,33 @@ impl KvCache {
         }
     }
 
+    /// For writing from several threads.
+    pub fn writer(&mut self) -> Writer<'_> {
+        Writer { memory: self.memory.as_mut_ptr(), cache: self }
+    }
+}
+
+/// Writes rows to the cache; who has one is the only one to use the cache.
+pub struct Writer<'a> {
+    /// The cache's.
+    memory: *mut u8,
+    cache: &'a KvCache,
+}
+
+// SAFETY: `store` says which places may be written at once, and nothing else is written.
+unsafe impl Sync for Writer<'_> {}
+
+impl Writer<'_> {
     /// Stores a key and a value of `head_dim` floats at a position's place in its block.
     ///
     /// 8-bit codes are within half of their scale, max|x| / 254, of the floats; half floats within 2^−11 of each.
+    ///
+    /// # Safety
+    ///
+    /// No two threads store to the same place of the same block, layer and head at once.
     #[allow(clippy::too_many_arguments)]
-    pub fn store(
-        &mut self,
+    pub unsafe fn store(
+        &self,
         ks: &Kernels,
         block: u32,
         layer: usize,
@@ -265,34 +272,54 @@ impl KvCache {
         k: &[f32],
         v: &[f32],
     ) {
-        assert!(position < BLOCK_TOKENS && k.len() == self.head_dim && v.len() == self.head_dim);
-        let (at, half) = (self.place(block, layer, head), self.half_bytes());
-        let (keys, rest) = self.memory[at..at + self.slot_bytes].split_at_mut(half);
-        let (values, scales) = rest.split_at_mut(half);
-        // An element's bytes at a place counted in elements.
-        fn put<const N: usize>(to: &mut [u8], place: usize, bytes: [u8; N]) {
-            to[place * N..(place + 1) * N].copy_from_slice(&bytes);
-        }
-        let dim = self.head_dim;
-        for (is_key, x) in [(true, k), (false, v)] {
-            let to = if is_key { &mut *keys } else { &mut *values };
-            let value_place = |i: usize| {
-                let chunk = i / VALUE_DIMS * VALUE_DIMS;
-                chunk * BLOCK_TOKENS + position * VALUE_DIMS.min(dim - chunk) + i - chunk
-            };
-            let place = |i: usize| if is_key { i * BLOCK_TOKENS + position } else { value_place(i) };
-            match self.kind {
-                KvType::F32 => x.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes())),
-                KvType::F16 => {
-                    ops::to_f16(ks, x, &mut self.halves);
-                    self.halves.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes()));
-                }
-                KvType::Q8 => {
-                    let scale = ops::to_q8(ks, x, &mut self.codes);
-                    self.codes.iter().enumerate().for_each(|(i, x)| put(to, place(i), x.to_ne_bytes()));
-                    put(scales, position + if is_key { 0 } else { BLOCK_TOKENS }, scale.to_ne_bytes());
+        thread_local!(static ROW: RefCell<(Vec<u16>, Vec<i8>)> = RefCell::default());
+        let dim = self.cache.head_dim;
+        assert!(position < BLOCK_TOKENS && k.len() == dim && v.len() == dim);
+        let half = self.cache.half_bytes();
+        // SAFETY: `place` is of a slot within the memory, which has two halves, and scales with 8-bit codes.
+        let keys = unsafe { self.memory.add(self.cache.place(block, layer, head)) };
+        // SAFETY: as above.
+        let (values, scales) = unsafe { (keys.add(half), keys.add(2 * half)) };
+        ROW.with_borrow_mut(|(halves, codes)| {
+            for (is_key, x) in [(true, k), (false, v)] {
+                let to = if is_key { keys } else { values };
+                let place = |i: usize| {
+                    if is_key {
+                        return i * BLOCK_TOKENS + position;
+                    }
+                    let chunk = i / VALUE_DIMS * VALUE_DIMS;
+                    chunk * BLOCK_TOKENS + position * VALUE_DIMS.min(dim - chunk) + i - chunk
+                };
+                // SAFETY: with i < dim and position < BLOCK_TOKENS places are less than dim · BLOCK_TOKENS, the elements of a half:
+                // the largest is, of the last chunk of w dimensions, (dim − w) · 32 + 31 · w + w − 1. No other thread is there.
+                unsafe {
+                    match self.cache.kind {
+                        KvType::F32 => x.iter().enumerate().for_each(|(i, x)| put(to, place(i), *x)),
+                        KvType::F16 => {
+                            halves.resize(dim, 0);
+                            ops::to_f16(ks, x, halves);
+                            halves.iter().enumerate().for_each(|(i, x)| put(to, place(i), *x));
+                        }
+                        KvType::Q8 => {
+                            codes.resize(dim, 0);
+                            let scale = ops::to_q8(ks, x, codes);
+                            codes.iter().enumerate().for_each(|(i, x)| put(to, place(i), *x));
+                            put(scales, position + if is_key { 0 } else { BLOCK_TOKENS }, scale);
+                        }
+                    }
                 }
             }
-        }
+        });
     }
+}
+
+/// Writes an element at a place counted in elements.
+///
+/// # Safety
+///
+/// The place is within what `to` points to, and nobody else uses it.
+#[inline(always)]
+unsafe fn put<T>(to: *mut u8, place: usize, element: T) {
+    // SAFETY: the caller's.
+    unsafe { to.cast::<T>().add(place).write_unaligned(element) }
 }

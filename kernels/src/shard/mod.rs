@@ -363,10 +363,11 @@ impl Shard {
 
             let rope = layer.rope.map(|rope| &ropes[rope]);
             let (q, k) = (Shared(b.q.as_mut_ptr()), Shared(b.k.as_mut_ptr()));
+            let (v, writer) = (&b.v[..n * kv_wide], kv.writer());
             pool.run(n, &|i| {
                 // SAFETY: row i of each is this part's own.
                 let (q, k) = unsafe { (q.part(i * wide, wide), k.part(i * kv_wide, kv_wide)) };
-                for (x, norm) in [(q, &layer.q_norm), (k, &layer.k_norm)] {
+                for (x, norm) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
                     if let Some(norm) = norm {
                         self.norm_row(norm, x);
                     }
@@ -375,14 +376,13 @@ impl Shard {
                         x.chunks_exact_mut(dim).for_each(|head| ops::rope(ks, head, cos, sin, rope.style));
                     }
                 }
-            });
-            for (i, &(e, pos)) in rows.iter().enumerate() {
+                let (e, pos) = rows[i];
                 let block = blocks[e][pos / BLOCK_TOKENS];
-                for head in 0..h.kv_heads {
-                    let at = i * kv_wide + head * dim;
-                    kv.store(ks, block, index, head, pos % BLOCK_TOKENS, &b.k[at..at + dim], &b.v[at..at + dim]);
+                for (head, (k, v)) in k.chunks_exact(dim).zip(v[i * kv_wide..].chunks_exact(dim)).enumerate() {
+                    // SAFETY: every row is another position of a sequence, and a block belongs to one sequence.
+                    unsafe { writer.store(ks, block, index, head, pos % BLOCK_TOKENS, k, v) };
                 }
-            }
+            });
 
             profile.end(Step::Store);
             // The last layer's K and V are all that rows need of which nothing is asked.

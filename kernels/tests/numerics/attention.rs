@@ -40,7 +40,8 @@ impl Case {
         for block in 0..kv.blocks_total() as u32 {
             for place in 0..2 * self.kv_heads * BLOCK_TOKENS {
                 let (layer, head) = (place % 2, place / 2 % self.kv_heads);
-                kv.store(ks, block, layer, head, place / 2 / self.kv_heads, &rest, &rest);
+                // SAFETY: one thread.
+                unsafe { kv.writer().store(ks, block, layer, head, place / 2 / self.kv_heads, &rest, &rest) };
             }
         }
         let tokens = vec![1; self.len[0].max(self.len[1])];
@@ -65,7 +66,8 @@ impl Case {
                     let at = position * width + head * self.dim..position * width + (head + 1) * self.dim;
                     let (k, v) = (&sequences.keys[i][at.clone()], &sequences.values[i][at]);
                     let block = blocks[position / BLOCK_TOKENS];
-                    sequences.kv.store(ks, block, 1, head, position % BLOCK_TOKENS, k, v);
+                    // SAFETY: one thread.
+                    unsafe { sequences.kv.writer().store(ks, block, 1, head, position % BLOCK_TOKENS, k, v) };
                 }
             }
         }
@@ -379,7 +381,8 @@ fn damage_shows_in_what_sees_it_and_nowhere_else() {
                 let block = s.kv.get(0).unwrap().blocks[140 / 32];
                 let (good, bad) = (vec![0.5; 16], vec![value; 16]);
                 let (k, v) = if is_key { (&bad, &good) } else { (&good, &bad) };
-                s.kv.store(ks, block, 1, 1, 140 % 32, k, v);
+                // SAFETY: one thread.
+                unsafe { s.kv.writer().store(ks, block, 1, 1, 140 % 32, k, v) };
                 let damaged = case.attend(ks, &s, &rows, &q, &pool);
                 for (i, &(sequence, position)) in rows.iter().enumerate() {
                     for head in 0..4 {
