@@ -57,7 +57,7 @@ struct Expected {
 /// What is alone on its cache line: every line that another core has written takes a worker a tenth of a microsecond.
 #[derive(Default)]
 #[repr(align(64))]
-struct Line<T>(T);
+struct Apart<T>(T);
 
 /// What a worker looks at until a job comes, and then reads: on one line.
 #[derive(Default)]
@@ -84,15 +84,15 @@ struct Shared {
     spin: Duration,
     /// Open sessions: while there are any, idle threads keep looking for jobs, however long. Stays 0 in crowded pools.
     sessions: AtomicUsize,
-    call: Line<Call>,
-    end: Line<Return>,
+    call: Apart<Call>,
+    end: Apart<Return>,
     /// Who is to be woken when it sleeps. Set before each sleep and not at each call: to count one more owner of a thread's handle,
     /// and one less, all workers would take turns at a line.
     caller: Mutex<Option<Thread>>,
     /// Worker `t + 1` sleeps (or is about to).
     asleep: Vec<AtomicBool>,
     /// What each thread asks for when it waits next, the caller first.
-    expected: Vec<Line<Expected>>,
+    expected: Vec<Apart<Expected>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -136,11 +136,11 @@ impl Pool {
             threads: workers.len() + 1,
             spin: if wanted > cores { SPIN_CROWDED } else { SPIN },
             sessions: AtomicUsize::new(0),
-            call: Line::default(),
-            end: Line::default(),
+            call: Apart::default(),
+            end: Apart::default(),
             caller: Mutex::new(None),
             asleep: workers.iter().map(|_| AtomicBool::new(false)).collect(),
-            expected: (0..=workers.len()).map(|_| Line::default()).collect(),
+            expected: (0..=workers.len()).map(|_| Apart::default()).collect(),
             panic: Mutex::new(None),
         });
         for sender in senders.iter().take(workers.len()) {
@@ -213,7 +213,7 @@ impl Pool {
         if self.workers.is_empty() {
             return; // nobody waits
         }
-        for (thread, Line(expected)) in self.shared.expected.iter().enumerate() {
+        for (thread, Apart(expected)) in self.shared.expected.iter().enumerate() {
             let (start, bytes) = of(thread);
             expected.start.store(start, Relaxed);
             expected.bytes.store(bytes.min(EXPECTED), Relaxed);
@@ -232,7 +232,7 @@ impl Pool {
         // SAFETY: only the lifetime changes. Workers use the reference only between the rise of `generation` and their
         // decrement of `pending`, and this function does not return, nor unwind, before `pending` is 0.
         let function = unsafe { std::mem::transmute::<Function<'_>, Function<'static>>(f) };
-        let (Line(call), Line(end)) = (&shared.call, &shared.end);
+        let (Apart(call), Apart(end)) = (&shared.call, &shared.end);
         // SAFETY: no worker reads the job now: `pending` is 0, and all wait for `generation` to rise. `turn` excludes
         // other callers.
         unsafe { *call.job.get() = Some(Job { function, parts }) };
@@ -301,7 +301,7 @@ fn share(shared: &Shared, function: Function<'_>, parts: usize, index: usize) ->
 /// Waits until `done()`, spinning for a while (or as long as a session is open) and then, after `asleep()`, asleep. Whoever makes
 /// `done` true must afterwards swap `sleeps` to false and unpark this thread if it was true. A stray unpark does no harm.
 fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicBool, asleep: impl Fn()) {
-    let Line(expected) = &shared.expected[index];
+    let Apart(expected) = &shared.expected[index];
     let (from, bytes) = (expected.start.load(Relaxed), expected.bytes.swap(0, Relaxed));
     for line in (0..bytes).step_by(LINE) {
         if done() {
@@ -338,7 +338,7 @@ fn wait(shared: &Shared, index: usize, done: impl Fn() -> bool, sleeps: &AtomicB
 }
 
 fn work(shared: &Shared, index: usize) {
-    let (Line(call), Line(end)) = (&shared.call, &shared.end);
+    let (Apart(call), Apart(end)) = (&shared.call, &shared.end);
     let mut seen = 0;
     loop {
         let called = || call.generation.load(SeqCst) != seen || call.stop.load(SeqCst);
