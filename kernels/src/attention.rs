@@ -251,19 +251,19 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Floats of a range's results.
-    fn size(&self, piece: &Piece) -> usize {
-        partial_len(piece.rows.len() * self.plan.group, self.past.kv.head_dim())
+    /// Query rows of a piece: its tokens' heads.
+    fn queries(&self, piece: &Piece) -> usize {
+        piece.rows.len() * self.plan.group
     }
 
     /// Computes a piece, `next` behind which is likely to be the thread's next.
     fn compute(&self, piece: &Piece, next: Option<&Piece>, scratch: &mut Scratch) {
         self.gather(piece, scratch);
-        let size = self.size(piece);
+        let size = partial_len(self.queries(piece), self.past.kv.head_dim());
         let Some(part) = &piece.part else {
             let mut total = std::mem::take(&mut scratch.total);
             total.resize(size, 0.0);
-            self.sum(piece, next, scratch, &mut total, true);
+            self.sum(piece, next, scratch, &mut total);
             self.finish(piece, &total);
             scratch.total = total;
             return;
@@ -274,7 +274,7 @@ impl Pass<'_> {
         // Whoever gives the turn to this part sees that it is not written, so it stays this thread's.
         if whole.turn.load(Ordering::SeqCst) == part.place {
             let total = total();
-            self.sum(piece, next, scratch, total, part.place == 0);
+            self.sum(piece, next, scratch, total);
             self.pass_on(piece, part, total);
             return;
         }
@@ -310,12 +310,13 @@ impl Pass<'_> {
         // SAFETY: they are written, and will not be again in this call.
         let results = unsafe { self.partials.slice(part.results, piece.ranges.len() * total.len()) };
         for result in results.chunks_exact(total.len()) {
-            ops::merge(self.ks, piece.rows.len() * self.plan.group, total, result);
+            ops::merge(self.ks, self.queries(piece), total, result);
         }
     }
 
-    /// Computes a piece's ranges and merges them into the total, which the first of them begins if `begins`.
-    fn sum(&self, piece: &Piece, next: Option<&Piece>, scratch: &mut Scratch, total: &mut [f32], begins: bool) {
+    /// Computes a piece's ranges and merges them into the total, which the very first of them begins.
+    fn sum(&self, piece: &Piece, next: Option<&Piece>, scratch: &mut Scratch, total: &mut [f32]) {
+        let begins = piece.part.as_ref().is_none_or(|part| part.place == 0);
         for range in piece.ranges.clone() {
             if begins && range == piece.ranges.start {
                 self.range(piece, range, next, scratch, total);
@@ -324,7 +325,7 @@ impl Pass<'_> {
             let mut part = std::mem::take(&mut scratch.part);
             part.resize(total.len(), 0.0);
             self.range(piece, range, next, scratch, &mut part);
-            ops::merge(self.ks, piece.rows.len() * self.plan.group, total, &part);
+            ops::merge(self.ks, self.queries(piece), total, &part);
             scratch.part = part;
         }
     }
@@ -381,7 +382,7 @@ impl Pass<'_> {
     /// Divides a piece's total into the output.
     fn finish(&self, piece: &Piece, total: &[f32]) {
         let (group, dim) = (self.plan.group, self.past.kv.head_dim());
-        let rows = piece.rows.len() * group;
+        let rows = self.queries(piece);
         for i in 0..rows {
             let at = (piece.rows.start + i / group) * self.wide + (piece.head * group + i % group) * dim;
             // SAFETY: these heads of these rows are the piece's alone, or the divided one's whose last part is merged.

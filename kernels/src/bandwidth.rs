@@ -3,7 +3,7 @@
 //! No single way of reading is the fastest everywhere: how far the processor looks ahead by itself differs. So there are
 //! several, and the fastest counts; a kernel's share of it is then no better than the kernel is.
 
-use crate::arch::prefetch;
+use crate::arch::{prefetch, LINE};
 use crate::dispatch::Kernels;
 use crate::error::Result;
 use crate::pack::Buffer;
@@ -14,7 +14,6 @@ use std::time::Instant;
 const PASSES: usize = 3;
 /// Bytes read between two rounds of prefetching: a few lines, or they wait for each other.
 const STEP: usize = 1024;
-const LINE: usize = 64;
 
 /// A way of reading memory at full width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,7 +10,7 @@
 //! A pinned pool's threads are bound to cores of their own; the calling thread, which belongs to others, only during a
 //! session.
 
-use crate::arch::prefetch;
+use crate::arch::{prefetch, LINE};
 use crate::cores::{affinity, Affinity, Cores};
 use crate::error::Result;
 use std::any::Any;
@@ -31,8 +31,6 @@ const SPIN_CROWDED: Duration = Duration::from_micros(2);
 /// How much of what it expects a thread asks for at most: in the few microseconds between two jobs no more comes, and
 /// second-level caches hold it beside what these jobs need.
 const EXPECTED: usize = 128 << 10;
-/// Bytes of a cache line, near enough.
-const LINE: usize = 64;
 
 thread_local! {
     /// Set while this thread works on a part; a nested `run` then runs inline instead of waiting for itself.

@@ -12,6 +12,9 @@ pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
 
+/// Bytes of a cache line, near enough.
+pub(crate) const LINE: usize = 64;
+
 /// Asks for the line at an address, which may be anywhere, to come into the cache of a level, 1 or 2: a prefetch never fails.
 #[inline(always)]
 pub(crate) fn prefetch<const LEVEL: u8>(at: *const u8) {

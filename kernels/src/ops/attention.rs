@@ -15,6 +15,7 @@
 
 use super::exp::{exp_lanes, exp_weight};
 use crate::arch::vector::{Vector, MAX_LANES};
+use crate::arch::LINE;
 use crate::descriptor::KvType;
 use crate::kv::{Slot, BLOCK_TOKENS, VALUE_DIMS};
 use std::ops::Range;
@@ -199,9 +200,6 @@ unsafe fn convert<V: Vector, E: Element>(from: *const E, n: usize, to: &mut [f32
         }
     }
 }
-
-/// Bytes of a cache line, near enough.
-const LINE: usize = 64;
 
 /// How much further than the next slot is asked for, whose memory the slot after it mostly follows: hardware prefetching then
 /// meets the beginning of a page, where it has to start anew, before its lines are waited for (5 % of the time from memory).

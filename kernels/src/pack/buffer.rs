@@ -2,13 +2,12 @@
 //! misses: a fifth more read bandwidth). Buffers share mappings, as the part of a huge page at each end would be small pages,
 //! 5 % of a decode step with the matrices of a small model.
 
+use crate::arch::LINE;
 use crate::error::{Error, Result};
 use crate::pool::Pool;
 use std::alloc::{alloc_zeroed, dealloc, Layout};
 use std::ops::Deref;
 use std::ptr::NonNull;
-
-const LINE: usize = 64;
 
 pub(crate) struct Buffer {
     start: NonNull<u8>,
