@@ -62,23 +62,29 @@ async function prefill(engine: Engine): Promise<number> {
 }
 
 /**
- * Milliseconds that a token of one stream takes beyond the kernels for each hop, there being as many as stages: the median over
- * short answers.
+ * What a token of one stream takes beyond the kernels for each hop, there being as many as stages: the median over the tokens of
+ * short answers, and the mean over whole answers.
  */
-async function hopCost(engine: Engine): Promise<number> {
-  const busyMs = async () => (await engine.query()).reduce((sum, stage) => sum + stage.busyMs, 0);
+async function hopCost(engine: Engine): Promise<{ hop_ms: number; hop_mean_ms: number }> {
   const { vocab } = engine.model.description.hyper;
   const { stages } = engine.stats();
   const hops: number[] = [];
+  const means: number[] = [];
   for (let i = 0; i < HOP_ANSWERS; i++) {
-    const before = await busyMs();
     const begin = performance.now();
+    const times: number[] = [];
     const request = { promptTokens: prompt(1, vocab), maxTokens: HOP_TOKENS, ignoreEos: true, sampling: GREEDY };
-    for await (const _ of engine.generate(request)) { /* one micro-batch each */ }
-    const wallMs = performance.now() - begin;
-    hops.push((wallMs - (await busyMs() - before)) / HOP_TOKENS / stages.length);
+    for await (const { type } of engine.generate(request)) if (type === "token") times.push(performance.now());
+    // One micro-batch each; all clocks measure durations only.
+    const kernels = (await engine.query()).map(({ recentMs }) => recentMs.slice(-HOP_TOKENS));
+    const kernelMs = times.map((_, token) => kernels.reduce((sum, ms) => sum + ms[token]!, 0));
+    const perHop = (ms: number) => ms / stages.length;
+    for (let token = 1; token < HOP_TOKENS; token++) {
+      hops.push(perHop(times[token]! - times[token - 1]! - kernelMs[token]!));
+    }
+    means.push(perHop(times.at(-1)! - begin - kernelMs.reduce((sum, ms) => sum + ms, 0)) / HOP_TOKENS);
   }
-  return median(hops);
+  return { hop_ms: median(hops), hop_mean_ms: median(means) };
 }
 
 /** Each on a core of its own. */
@@ -128,8 +134,8 @@ async function serving({ engine }: FaultCluster, count: number): Promise<void> {
 /** Measures all rows, in the order in which they come. */
 async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): AsyncGenerator<ClusterRow> {
   const settings = { model, context: 1024, kvTokens: 8192, loadTimeoutMs: 120_000, lostMs: 5000 };
-  const start = (stages: number, delayMs: number) =>
-    FaultCluster.start(stages, { ...settings, shards: stages }, { ...DEVICES, delayMs });
+  const start = (stages: number, delayMs: number, lane = true) =>
+    FaultCluster.start(stages, { ...settings, shards: stages }, { ...DEVICES, delayMs, lane });
   await using single = await start(1, 0);
   await decode(single.engine, 1, 8);
   /** What one worker needs for a token of each of some streams, in milliseconds. */
@@ -148,7 +154,9 @@ async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): 
       delay_ms: 0,
       ratio: 1,
       theory: 1,
+      lane: true,
       hop_ms: null,
+      hop_mean_ms: null,
     } as const;
     yield { ...row, streams, tok_s, ratio_one };
   }
@@ -156,7 +164,7 @@ async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): 
   for (const delay_ms of delays) {
     await using cluster = await start(2, delay_ms);
     await decode(cluster.engine, 1, 8);
-    const row = { stages: 2, replicas: 1, batch: null, delay_ms, hop_ms: null } as const;
+    const row = { stages: 2, replicas: 1, batch: null, delay_ms, lane: true, hop_ms: null, hop_mean_ms: null } as const;
     // Every message passes the server: two delays a hop.
     const hop = 2 * delay_ms;
     const decoding = (streams: number) =>
@@ -170,8 +178,20 @@ async function* measure(model: LoadedModel, { delays, tokens, rounds }: Flags): 
       ratio: alone.ratio,
       ratio_one: alone.ratio,
       theory: one / (one + 2 * hop),
-      hop_ms: await hopCost(cluster.engine),
+      ...await hopCost(cluster.engine),
     };
+    if (delay_ms === 0) {
+      await using without = await start(2, delay_ms, false);
+      await decode(without.engine, 1, 8);
+      const { two: tok_s, ratio } = await inTurns(
+        rounds,
+        (engine) => decode(engine, 1, tokens),
+        single.engine,
+        without.engine,
+      );
+      const own = { phase: "decode", streams: 1, lane: false, theory: one / (one + 2 * hop) } as const;
+      yield { ...row, ...own, tok_s, ratio, ratio_one: ratio, ...await hopCost(without.engine) };
+    }
     const many = await decoding(STREAMS);
     const turn = stepMs.get(STREAMS / 2)! + 2 * hop;
     yield {

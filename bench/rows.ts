@@ -101,7 +101,11 @@ export const clusterRowSchema = z.strictObject({
   ratio_one: positive,
   /** What the ratio is at best by ARCHITECTURE.md, from the measured times of one worker. */
   theory: positive,
-  /** Milliseconds from stage to stage: what a token of one stream takes beyond the kernels, over its hops; median. */
+  /** Whether workers could have a lane, a connection of the kernels' own. */
+  lane: z.boolean().default(false),
+  /** Milliseconds from stage to stage: what a token of one stream takes beyond its kernels, over its hops; median of all tokens. */
   hop_ms: z.number().nullable(),
+  /** The same, over whole answers: with their beginnings, and the orchestrator between two chains. */
+  hop_mean_ms: z.number().nullable().default(null),
 });
 export type ClusterRow = z.infer<typeof clusterRowSchema>;

@@ -85,7 +85,9 @@ export function describeCluster(rows: readonly ClusterRow[]): string[] {
       "to one worker",
       "theory",
       "to one stream",
+      "lane",
       "hop ms",
+      "mean",
     ],
     rows.map((r) => [
       r.phase,
@@ -98,7 +100,9 @@ export function describeCluster(rows: readonly ClusterRow[]): string[] {
       r.ratio.toFixed(2),
       r.theory.toFixed(2),
       r.ratio_one.toFixed(2),
+      r.lane ? "yes" : "no",
       r.hop_ms?.toFixed(2) ?? "",
+      r.hop_mean_ms?.toFixed(2) ?? "",
     ]),
   );
 }

@@ -16,6 +16,19 @@ export interface Subscription {
   unsubscribe(): void;
 }
 
+/** Where the bus's server is for a connection beside the bus's own, with the same rights. */
+export interface NativeEndpoint {
+  readonly hostname: string;
+  readonly port: number;
+  /**
+   * Lines of the NATS protocol that log in and subscribe to `subject`, the last one a PING.
+   *
+   * @param info What the server has said of itself, JSON.
+   * @throws {BusConnectError} when the server wants TLS, or `info` is malformed.
+   */
+  hello(info: string, subject: string): string;
+}
+
 /** Options of {@linkcode Bus.publish}. */
 export interface PublishOptions {
   /** Subject on which an answer is awaited. */
@@ -67,6 +80,8 @@ export interface Bus {
    * @throws {BusError} when the connection is lost meanwhile.
    */
   flush(): Promise<void>;
+  /** How native code may join; absent, or `undefined`, where there is no server, or only one that wants TLS. */
+  nativeEndpoint?(): NativeEndpoint | undefined;
   /** Whether it reaches the others now; once closed it never does. */
   readonly state: BusState;
   /**

@@ -219,6 +219,9 @@ const shardStatsSchema = z.object({
 /** What a shard tells of itself. */
 export type ShardStats = z.infer<typeof shardStatsSchema>;
 
+/** Micro-batches whose times a stage tells. */
+export const MOST_RECENT_STEPS = 32;
+
 /** The stages' state in a {@linkcode ControlReply}. */
 export const stageStatusSchema = z.strictObject({
   stage: u32,
@@ -232,6 +235,8 @@ export const stageStatusSchema = z.strictObject({
   tokens: size,
   /** Milliseconds spent in the kernel library. */
   busyMs: z.number().nonnegative(),
+  /** Of that, what the last micro-batches took each, the latest last. */
+  recentMs: z.array(z.number().nonnegative()).max(MOST_RECENT_STEPS),
 });
 /** The state of a stage. */
 export type StageStatus = z.infer<typeof stageStatusSchema>;

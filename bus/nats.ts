@@ -1,6 +1,7 @@
 import { createInbox, credsAuthenticator, errors as natsErrors, nkeyAuthenticator } from "@nats-io/transport-node";
-import type { ConnectionOptions, Msg, NatsConnection, TlsOptions } from "@nats-io/transport-node";
-import type { Bus, BusMessage, BusState, PublishOptions, RequestOptions, Subscription } from "./bus.ts";
+import type { Authenticator, ConnectionOptions, Msg, NatsConnection, TlsOptions } from "@nats-io/transport-node";
+import { z } from "zod";
+import type { Bus, BusMessage, BusState, NativeEndpoint, PublishOptions, RequestOptions, Subscription } from "./bus.ts";
 import { NatsClusterStore, storesKeys } from "./cluster_store.ts";
 import type { ClusterStore, StoreOptions } from "./cluster_store.ts";
 import {
@@ -13,6 +14,7 @@ import {
 } from "./errors.ts";
 import { connectGuarded } from "./nats_transport.ts";
 import { checkSubject, subjectMatcher } from "./subject.ts";
+import { LUTRA_VERSION } from "./version.ts";
 
 /** How to reach a NATS server. Secrets are contents, not paths. */
 export interface NatsOptions {
@@ -52,6 +54,13 @@ interface Pending {
   readonly settle: (message: BusMessage | undefined, error?: unknown) => void;
 }
 
+/** What native code must know of a server's greeting. */
+const infoSchema = z.object({
+  nonce: z.string().optional(),
+  tls_required: z.boolean().default(false),
+  tls_available: z.boolean().default(false),
+});
+
 const RECONNECT_MS = 200;
 const CLOSE_FLUSH_MS = 1000;
 const MOST_CHECKED = 256;
@@ -71,6 +80,7 @@ const MOST_CHECKED = 256;
 export class NatsBus implements Bus {
   readonly maxPayload: number;
   readonly #nc: NatsConnection;
+  readonly #settings: ConnectionOptions;
   readonly #onError: (error: unknown, subject: string) => void;
   readonly #subscriptions = new Set<Subscription>();
   readonly #watchers = new Set<(state: BusState) => void>();
@@ -83,8 +93,13 @@ export class NatsBus implements Bus {
   #closing: Promise<void> | undefined;
   readonly #watching: Promise<void>;
 
-  private constructor(nc: NatsConnection, onError: (error: unknown, subject: string) => void) {
+  private constructor(
+    nc: NatsConnection,
+    settings: ConnectionOptions,
+    onError: (error: unknown, subject: string) => void,
+  ) {
     this.#nc = nc;
+    this.#settings = settings;
     this.#onError = onError;
     this.maxPayload = nc.info?.max_payload ?? 1 << 20;
     nc.subscribe(`${this.#inbox}.*`, { callback: (error, message) => this.#onAnswer(error, message) });
@@ -105,7 +120,7 @@ export class NatsBus implements Bus {
     } catch (cause) {
       throw new BusConnectError(connectProblem(shown, cause), { cause });
     }
-    return new NatsBus(nc, onError);
+    return new NatsBus(nc, settings, onError);
   }
 
   /** Live subscriptions, without the inbox of requests. */
@@ -132,6 +147,16 @@ export class NatsBus implements Bus {
   /** Whether the server says that JetStream is on. */
   get serverHasJetStream(): boolean {
     return this.#nc.info?.jetstream === true;
+  }
+
+  nativeEndpoint(): NativeEndpoint | undefined {
+    if (this.#isClosed || this.#settings.tls !== undefined) return undefined;
+    const { hostname, port } = new URL(`nats://${this.#nc.getServer()}`);
+    return {
+      hostname: hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
+      port: Number(port),
+      hello: (info, subject) => hello(this.#settings, info, subject),
+    };
   }
 
   publish(subject: string, data: Uint8Array, options: PublishOptions = {}): void {
@@ -362,6 +387,33 @@ function connectionOptions(options: NatsOptions): { settings: ConnectionOptions;
     ...(tls === undefined ? {} : { tls }),
   };
   return { settings, shown: servers.join(", ") };
+}
+
+/** See {@linkcode NativeEndpoint.hello}. */
+function hello(settings: ConnectionOptions, info: string, subject: string): string {
+  let greeting: z.infer<typeof infoSchema>;
+  try {
+    greeting = infoSchema.parse(JSON.parse(info));
+  } catch (cause) {
+    throw new BusConnectError("the server's greeting is malformed", { cause });
+  }
+  if (greeting.tls_required || greeting.tls_available) throw new BusConnectError("the server offers TLS");
+  checkSubject(subject);
+  const { name, token, user, pass, authenticator } = settings;
+  const options = {
+    verbose: false,
+    pedantic: false,
+    protocol: 1,
+    lang: "lutra",
+    version: LUTRA_VERSION,
+    headers: false,
+    no_responders: false,
+    ...(name === undefined ? {} : { name: `${name} lane` }),
+    ...(token === undefined ? {} : { auth_token: token }),
+    ...(user === undefined ? {} : { user, pass }),
+    ...(authenticator as Authenticator | undefined)?.(greeting.nonce), // `connectionOptions` makes one, no list
+  };
+  return `CONNECT ${JSON.stringify(options)}\r\nSUB ${subject} 1\r\nPING\r\n`;
 }
 
 function connectProblem(servers: string, cause: unknown): string {

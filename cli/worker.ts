@@ -18,6 +18,7 @@ interface WorkerFlags extends NatsFlags {
   memory?: number;
   bandwidth?: number;
   measure?: boolean;
+  lane?: boolean;
   models?: string;
   drain: number;
   cache?: boolean;
@@ -33,6 +34,10 @@ export function addWorker(program: Command): void {
     .option("--memory <gb>", "memory to lend (default: what is free now)", number(0.001, 1e6))
     .option("--bandwidth <gbps>", "memory bandwidth, instead of measuring it", number(0.001, 1e6))
     .option("--no-measure", "do not run kernels on layers to see how fast they are here: place layers by bandwidth")
+    .option(
+      "--no-lane",
+      "no connection of the kernels' own: every message goes through JavaScript, which makes hops longer",
+    )
     .option(
       "--models <folder>",
       "where this device has model files (default: under the orchestrator's paths; layers that it has not are fetched)",
@@ -74,7 +79,10 @@ export function addWorker(program: Command): void {
 export async function startWorker(
   bus: Bus,
   flags:
-    & Pick<WorkerFlags, "id" | "threads" | "isa" | "memory" | "bandwidth" | "measure" | "models" | "cluster" | "cache">
+    & Pick<
+      WorkerFlags,
+      "id" | "threads" | "isa" | "memory" | "bandwidth" | "measure" | "lane" | "models" | "cluster" | "cache"
+    >
     & {
       /** Whether other devices may fetch weights from this one. Default: they may. */
       share?: boolean;
@@ -96,6 +104,7 @@ export async function startWorker(
     memoryBytes: Math.floor(memory === undefined ? free : Math.min(1e9 * memory, free)),
     bandwidthGBps: flags.bandwidth ?? "measure",
     measure: flags.measure !== false,
+    lane: flags.lane !== false,
     heartbeatMs: HEARTBEAT_MS,
     diagnose: (model) =>
       deviceHealth({

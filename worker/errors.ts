@@ -21,6 +21,8 @@ export const KernelErrorCode = {
   sequenceGap: -7,
   /** The stop flag was set; nothing changed. */
   stopped: -8,
+  /** A lane's connection is gone, or cannot be made. */
+  lost: -9,
   panic: -99,
 } as const;
 

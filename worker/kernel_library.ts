@@ -2,17 +2,22 @@ import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
 import { ABI_VERSION } from "../bus/mod.ts";
-import type { Shard, ShardStats } from "../bus/mod.ts";
+import type { NativeEndpoint, Shard, ShardStats } from "../bus/mod.ts";
+import { borrow, ERROR_BYTES, fixed, textOf, unwrap } from "./abi.ts";
+import type { Bytes } from "./abi.ts";
 import { KernelError, KernelLibraryError } from "./errors.ts";
 import type {
   CacheChoice,
   DeviceInfo,
   KernelLibrary,
+  Lane,
   OpenShardOptions,
   ShardChoices,
   ShardHandle,
   Tuning,
 } from "./kernels.ts";
+import { LANE_SYMBOLS, NativeLane } from "./native_lane.ts";
+import type { LaneSymbols } from "./native_lane.ts";
 
 /**
  * The C ABI. Every function but the first returns a count ≥ 0 or a negative error code, and then has written a u32 length
@@ -96,12 +101,11 @@ const SYMBOLS = {
     result: "i32",
     nonblocking: true,
   },
+  ...LANE_SYMBOLS,
 } as const satisfies Deno.ForeignLibraryInterface;
 
 type Symbols = Deno.DynamicLibrary<typeof SYMBOLS>["symbols"];
-type Bytes = Uint8Array<ArrayBuffer>;
 
-const ERROR_BYTES = 2048;
 const JSON_BYTES = 1 << 14;
 const REPORT_BYTES = 1 << 22;
 /** Milliseconds between two looks at a shard's progress. */
@@ -245,28 +249,6 @@ function defaultPath(): string {
   const name = { windows: "lutra_kernels.dll", darwin: "liblutra_kernels.dylib" }[Deno.build.os as string] ??
     "liblutra_kernels.so";
   return fileURLToPath(new URL(`../kernels/target/release/${name}`, import.meta.url));
-}
-
-/** Bytes outside V8's movable heap, where small typed arrays would lie: a nonblocking call keeps their address. */
-function fixed(bytes: number): Bytes {
-  return new Uint8Array(new ArrayBuffer(bytes));
-}
-
-/** Throws the error in `err` when `code` is one, else returns it. */
-function unwrap(code: number, err: Bytes): number {
-  if (code >= 0) return code;
-  throw new KernelError(code, textOf(err) || `kernel library error ${code}`);
-}
-
-/** The text that a call has written to `err`. */
-function textOf(err: Bytes): string {
-  const length = Math.min(new DataView(err.buffer).getUint32(0, true), err.byteLength - 4);
-  return new TextDecoder().decode(err.subarray(4, 4 + length));
-}
-
-/** The bytes of a typed array, as the FFI takes them. */
-function borrow(data: ArrayBufferView): Bytes {
-  return new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
 }
 
 function readJson<T>(schema: z.ZodType<T>, call: (out: Bytes, err: Bytes) => number): T {
@@ -453,6 +435,13 @@ class Handle implements ShardHandle {
     } finally {
       this.#inFlight = undefined;
     }
+  }
+
+  /** Absent where the library has no lanes. */
+  get openLane(): ((endpoint: NativeEndpoint, subject: string, maxPayload: number) => Promise<Lane>) | undefined {
+    if (this.#symbols.lutra_lane_open === null) return undefined;
+    const symbols = this.#symbols as LaneSymbols;
+    return (endpoint, subject, maxPayload) => NativeLane.open(symbols, this.#handle, endpoint, subject, maxPayload);
   }
 
   truncate(seq: number, length: number): void {

@@ -1,4 +1,5 @@
-import type { Shard, ShardStats } from "../bus/mod.ts";
+import type { NativeEndpoint, Shard, ShardStats } from "../bus/mod.ts";
+import type { KernelError } from "./errors.ts";
 
 /** A device as the kernel library sees it. */
 export interface DeviceInfo {
@@ -80,8 +81,84 @@ export interface ShardHandle {
   forward(batch: Uint8Array, input: Uint8Array, stop: Int32Array, output: Uint8Array): Promise<number>;
   /** Forgets a sequence from position `length` on; 0 frees it. A sequence it does not know is fine. */
   truncate(seq: number, length: number): void;
+  /**
+   * Opens a {@linkcode Lane} of this shard; absent where the kernel library has none.
+   *
+   * @param subject Where its messages come.
+   * @param maxPayload Bytes of the longest one.
+   * @throws {KernelError | BusConnectError} when there is no connection to be had.
+   */
+  readonly openLane?:
+    | ((endpoint: NativeEndpoint, subject: string, maxPayload: number) => Promise<Lane>)
+    | undefined;
   /** What it holds. */
   stats(): ShardStats;
   /** Frees it. */
+  close(): void;
+}
+
+/**
+ * A micro-batch that is foreseen, and what is to be sent when it was computed. In all headers step and chain are put in as they
+ * come.
+ */
+export interface Armed {
+  /** The message without its payload, as it will come but for its tokens: where these lie in it, and how many. */
+  readonly expected: Uint8Array;
+  readonly tokensAt: number;
+  readonly tokenCount: number;
+  readonly payloadBytes: number;
+  /** Where the output goes, and all of its message before the output; that is as long as is said here, and nothing else. */
+  readonly next: string;
+  readonly head: Uint8Array;
+  readonly outputBytes: number;
+  /** Whether `head` is `expected` with another header: the tokens that come are put in both. */
+  readonly passes: boolean;
+  /** A message that goes first while a chain goes on, with the tokens that are sampled in their place. */
+  readonly follows?: {
+    readonly subject: string;
+    readonly message: Uint8Array;
+    readonly tokensAt: number;
+    readonly tokenCount: number;
+  };
+}
+
+/** An armed micro-batch that came, and the milliseconds that the kernels took. */
+interface Came {
+  readonly index: number;
+  readonly step: number;
+  readonly chain: number;
+  readonly ms: number;
+}
+
+/** How a step of a lane ended. */
+export type LaneEvent =
+  | { readonly type: "woken" }
+  /** Another message came. */
+  | { readonly type: "message"; readonly data: Uint8Array }
+  | Came & { readonly type: "done" }
+  | Came & { readonly type: "failed"; readonly error: KernelError };
+
+/**
+ * A stage's own connection to the bus's server, inside the kernel library: a micro-batch that was foreseen comes, is computed and
+ * goes on while JavaScript sleeps.
+ */
+export interface Lane {
+  /**
+   * Waits for a message, and computes it if it is armed. One call at a time, and no other call of the shard meanwhile.
+   *
+   * @throws {KernelError} with code `lost` when the connection is.
+   */
+  step(armed: readonly Armed[]): Promise<LaneEvent>;
+  /** The armed micro-batch that is being computed, and since when, as `performance.now()` counts. */
+  readonly running: { readonly index: number; readonly since: number } | undefined;
+  /** Gives up what is being computed. */
+  stop(): void;
+  /** Has a step return as soon as nothing is being computed. */
+  wake(): void;
+  /** Sends a message, in order with what steps send. */
+  publish(subject: string, data: Uint8Array): Promise<void>;
+  /** Reads what has come, as the server would hold it only for so long; during long passes from time to time. */
+  readAhead(): void;
+  /** Ends the connection, and a step with an error. Harmless when repeated. */
   close(): void;
 }

@@ -32,10 +32,10 @@ import type {
   WeightsRef,
 } from "../bus/mod.ts";
 import { KernelError, WorkerError } from "./errors.ts";
-import type { KernelLibrary, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
+import type { KernelLibrary, Lane, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
 import { measureSpeed } from "./measure.ts";
 import { Stage } from "./stage.ts";
-import type { QueuedStep } from "./stage.ts";
+import type { Left, QueuedStep } from "./stage.ts";
 import { WeightStore } from "../weights/mod.ts";
 import type { Span } from "../weights/mod.ts";
 
@@ -66,6 +66,8 @@ export interface WorkerOptions {
   bandwidthGBps?: number | "measure";
   /** Whether it measures how fast it is when an orchestrator asks. @default {false} */
   measure?: boolean;
+  /** Whether a stage gets a connection of its own inside the kernel library, where that can be had. @default {true} */
+  lane?: boolean;
   /** Milliseconds between heartbeats; 0 sends none, as within one process. @default {0} */
   heartbeatMs?: number;
   /** Where this device has the file that the orchestrator names. Default: under the same path. */
@@ -114,6 +116,10 @@ export class Worker {
   #queue: { stage: Stage; item: QueuedStep }[] = [];
   /** The loop over the queue; ends when the queue is empty. */
   #loop: Promise<void> | undefined;
+  /** What reads the lane, until the lane ends. */
+  #serving: Promise<void> | undefined;
+  /** Whether a lane is to be had: not after one that broke, until the bus has broken too. */
+  #lanes: boolean;
   /** To be done when no micro-batch is in the kernel library. */
   #between: (() => void)[] = [];
   /** Load, unload and close happen one after the other. */
@@ -143,6 +149,7 @@ export class Worker {
     this.#kernels = options.kernels;
     this.#subjects = clusterSubjects(options.cluster ?? "local");
     this.#threads = options.threads ?? device.cores;
+    this.#lanes = options.lane ?? true;
     this.#capabilities = {
       isa: options.isa ?? device.isa,
       cores: this.#threads,
@@ -170,14 +177,21 @@ export class Worker {
         ? []
         : [this.#bus.subscribe(this.#subjects.diagnose(this.id), (message) => this.#onDiagnose(message))]),
       this.#bus.watch((state) => {
-        if (state === "disconnected") return;
+        // Without an end of its own a lane would wait for a server that is not there any more.
+        if (state === "disconnected") return this.#stages.forEach((stage) => stage.lane?.close());
+        this.#lanes = options.lane ?? true;
         this.#reconnections++;
         this.#announce();
       }),
     );
     this.#announce();
     const { heartbeatMs = 0 } = options;
-    if (heartbeatMs > 0) this.#heartbeat = setInterval(() => this.#announce(), heartbeatMs);
+    if (heartbeatMs > 0) {
+      this.#heartbeat = setInterval(() => {
+        this.#announce();
+        for (const stage of this.#stages) if (stage.running !== undefined) this.#readAhead(stage);
+      }, heartbeatMs);
+    }
   }
 
   /** Starts a worker and announces it. */
@@ -379,15 +393,15 @@ export class Worker {
           spare.splice(spare.indexOf(keep), 1);
           handle = keep.handle;
         }
-        opened.push(new Stage(wanted, epoch, handle, keep));
+        opened.push(new Stage(wanted, epoch, handle, this.#bus.maxPayload, keep));
       }
-      for (const stage of opened) {
-        const subject = this.#subjects.stage(this.id, stage.spec.stage);
-        stage.subscription = this.#bus.subscribe(subject, (message) => this.#onWork(stage, message));
-      }
+      // Only one stage can have the kernel library to itself.
+      if (opened.length === 1) opened[0]!.lane = await this.#openLane(opened[0]!);
+      for (const stage of opened) if (stage.lane === undefined) this.#subscribe(stage);
     } catch (error) {
       for (const stage of [...opened, ...spare]) {
         stage.subscription?.unsubscribe();
+        stage.lane?.close();
         stage.handle.close();
       }
       throw error;
@@ -396,6 +410,12 @@ export class Worker {
     }
     this.#stages = opened;
     this.#loaded = content;
+    for (const stage of opened) if (stage.lane !== undefined) this.#serving = this.#serve(stage, stage.lane);
+  }
+
+  #subscribe(stage: Stage): void {
+    const subject = this.#subjects.stage(this.id, stage.spec.stage);
+    stage.subscription = this.#bus.subscribe(subject, ({ data }) => this.#onWork(stage, data));
   }
 
   /**
@@ -475,8 +495,12 @@ export class Worker {
       stage.subscription?.unsubscribe();
       stage.interrupt();
       stage.queued = 0;
+      const { lane } = stage;
+      stage.lane = undefined; // its end is no loss
+      lane?.close();
     }
     this.#queue = [];
+    await this.#serving;
     await this.#loop;
   }
 
@@ -495,18 +519,81 @@ export class Worker {
           reject(error);
         }
       };
-      if (this.#loop === undefined) answer();
-      else this.#between.push(answer);
+      if (this.#loop === undefined && !this.#stages.some((stage) => stage.armed)) return answer();
+      this.#between.push(answer);
+      for (const stage of this.#stages) stage.wake();
     });
+  }
+
+  // Lanes.
+
+  /** The lane of a stage; `undefined` where there is none to be had. */
+  async #openLane(stage: Stage): Promise<Lane | undefined> {
+    const endpoint = this.#lanes ? this.#bus.nativeEndpoint?.() : undefined;
+    if (endpoint === undefined) return undefined;
+    const subject = this.#subjects.stage(this.id, stage.spec.stage);
+    try {
+      return await stage.handle.openLane?.(endpoint, subject, this.#bus.maxPayload);
+    } catch (error) {
+      if (!(error instanceof KernelError || error instanceof BusError)) throw error;
+      this.#lanes = false;
+      this.#log(`worker ${this.id} has no lane, which makes hops longer: ${error.message}`);
+      return undefined;
+    }
+  }
+
+  /** Does what the lane leaves to be done, until it ends. */
+  async #serve(stage: Stage, lane: Lane): Promise<void> {
+    while (stage.lane === lane) {
+      let left: Left | undefined;
+      try {
+        left = await stage.next(lane);
+      } catch (error) {
+        this.#onLaneLost(stage, lane, error);
+      }
+      for (const act of this.#between.splice(0)) act();
+      if (stage.lane !== lane) break;
+      if (left?.type === "message") this.#onWork(stage, left.data);
+      else if (left?.error !== undefined) this.#fail(stage, left.item, left.error);
+      else if (left !== undefined) this.#enqueue(stage, left.item);
+      await this.#loop;
+    }
+  }
+
+  /** Goes on by the bus. Messages may be lost: the orchestrator is told, as if the bus had been lost. */
+  #onLaneLost(stage: Stage, lane: Lane, error: unknown): void {
+    if (stage.lane !== lane) return; // a fence's doing
+    stage.lane = undefined;
+    lane.close();
+    this.#lanes = false;
+    const detail = error instanceof Error ? error.message : String(error);
+    this.#log(`worker ${this.id} lost its lane, and goes on without one: ${detail}`);
+    try {
+      this.#subscribe(stage);
+    } catch (error) {
+      if (!(error instanceof BusError)) throw error;
+      return; // the bus is closed
+    }
+    if (this.#bus.state === "disconnected") return; // it will be told when it is there again
+    this.#reconnections++;
+    this.#announce();
+  }
+
+  #readAhead({ lane }: Stage): void {
+    try {
+      lane?.readAhead();
+    } catch (error) {
+      if (!(error instanceof KernelError)) throw error; // that it is lost the next step tells
+    }
   }
 
   // Work.
 
-  #onWork(stage: Stage, message: BusMessage): void {
+  #onWork(stage: Stage, message: Uint8Array): void {
     let item: QueuedStep;
     try {
       // The kernel library reads f32 and u32 in place; some transports deliver at odd addresses.
-      const data = message.data.byteOffset % 4 === 0 ? message.data : message.data.slice();
+      const data = message.byteOffset % 4 === 0 ? message : message.slice();
       const { kind, epoch, step, chain, batch, payload } = decodeMessage(data);
       if (kind !== "work") throw new WireError(`a ${kind} message is no work`);
       if (epoch !== stage.epoch) return this.#drop("epoch", `step ${step} of epoch ${epoch}`);
@@ -516,6 +603,10 @@ export class Worker {
       return this.#drop("malformed", error.message);
     }
     if (!stage.seen.add(item.step)) return this.#drop("duplicate", `step ${item.step}`);
+    this.#enqueue(stage, item);
+  }
+
+  #enqueue(stage: Stage, item: QueuedStep): void {
     if (this.#queue.length >= MAX_QUEUED) return this.#drop("overflow", `step ${item.step}`);
     stage.queued++;
     this.#queue.push({ stage, item });
@@ -527,11 +618,12 @@ export class Worker {
       const { stage, item } = next;
       stage.queued--;
       try {
-        const { message, following } = await stage.compute(item, this.#bus.maxPayload);
+        const { message, following } = await stage.compute(item);
         if (stage.epoch === this.#epoch && !this.#closed) {
-          const { next, first } = stage.spec;
-          if (first !== undefined && following !== undefined) this.#bus.publish(first, following);
-          this.#bus.publish(next, message);
+          const { lane, spec: { next, first } } = stage;
+          const way = lane ?? this.#bus;
+          if (first !== undefined && following !== undefined) await way.publish(first, following);
+          await way.publish(next, message);
         }
       } catch (error) {
         this.#fail(stage, item, error);

@@ -49,21 +49,28 @@ pub struct Batch {
     pub tokens: Vec<u32>,
 }
 
-struct Reader<'a> {
+pub(crate) struct Reader<'a> {
+    /// What is read, for errors.
+    name: &'static str,
     bytes: &'a [u8],
     at: usize,
 }
 
-impl Reader<'_> {
-    fn u32(&mut self, what: &str) -> Result<u32> {
-        let end = self.at.checked_add(4).filter(|&end| end <= self.bytes.len());
-        let Some(end) = end else {
-            return Err(Error::argument(format!("batch of {} bytes ends within {what}", self.bytes.len())));
+impl<'a> Reader<'a> {
+    pub fn new(name: &'static str, bytes: &'a [u8]) -> Self {
+        Reader { name, bytes, at: 0 }
+    }
+    pub fn bytes(&mut self, n: usize, what: &str) -> Result<&'a [u8]> {
+        let Some(end) = self.at.checked_add(n).filter(|&end| end <= self.bytes.len()) else {
+            return Err(Error::argument(format!("{} of {} bytes ends within {what}", self.name, self.bytes.len())));
         };
-        let mut word = [0; 4];
-        word.copy_from_slice(&self.bytes[self.at..end]);
+        let bytes = &self.bytes[self.at..end];
         self.at = end;
-        Ok(u32::from_le_bytes(word))
+        Ok(bytes)
+    }
+    pub fn u32(&mut self, what: &str) -> Result<u32> {
+        let bytes = self.bytes(4, what)?;
+        Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     }
     fn f32(&mut self, what: &str) -> Result<f32> {
         let value = f32::from_bits(self.u32(what)?);
@@ -73,7 +80,7 @@ impl Reader<'_> {
             Err(Error::argument(format!("{what} is {value}")))
         }
     }
-    fn left(&self) -> usize {
+    pub fn left(&self) -> usize {
         self.bytes.len() - self.at
     }
 }
@@ -83,7 +90,7 @@ impl Batch {
     ///
     /// `vocab` bounds token ids and biases, `context` positions, `max_tokens` the sum of tokens.
     pub fn parse(bytes: &[u8], vocab: u32, context: u32, max_tokens: usize) -> Result<Batch> {
-        let mut r = Reader { bytes, at: 0 };
+        let mut r = Reader::new("batch", bytes);
         let count = r.u32("entry count")? as usize;
         if count > r.left() / 16 {
             return Err(Error::argument(format!("batch of {} bytes cannot hold {count} entries", bytes.len())));

@@ -22,6 +22,8 @@ impl Error {
     /// A sequence was asked to continue from a position it has not reached.
     pub const SEQUENCE_GAP: i32 = -7;
     pub const STOPPED: i32 = -8;
+    /// A connection is not there any more, or cannot be made.
+    pub const LOST: i32 = -9;
     pub const PANIC: i32 = -99;
 
     pub fn new(code: i32, message: impl Into<String>) -> Self {

@@ -2,7 +2,10 @@
 //!
 //! Every function returns a number ≥ 0 or a negative code (`Error`), and in that case writes to `err` a `u32` length and
 //! so many bytes of UTF-8 text. Buffers belong to the caller and are used during the call only; null is fine where the
-//! length is 0. No panic leaves a function. Shards are known by handles that are never reused while the process lives.
+//! length is 0. No panic leaves a function. Shards and lanes are known by handles that are never reused while the process lives.
+
+#[cfg(unix)]
+mod lane;
 
 use crate::descriptor::Descriptor;
 use crate::dispatch::{available, select};
@@ -16,26 +19,50 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, PoisonError};
 
+#[cfg(unix)]
+pub use lane::*;
+
 /// Version of this interface, and of what it computes: the same version means the same bits.
-pub const ABI_VERSION: i32 = 3;
+pub const ABI_VERSION: i32 = 4;
 
-struct Shards {
-    open: HashMap<u32, Arc<Shard>>,
-    next: u32,
+/// What is open, by handle.
+struct Registry<T> {
+    kind: &'static str,
+    open: Mutex<(u32, Option<HashMap<u32, Arc<T>>>)>,
 }
 
-static SHARDS: Mutex<Option<Shards>> = Mutex::new(None);
+impl<T> Registry<T> {
+    const fn new(kind: &'static str) -> Self {
+        Registry { kind, open: Mutex::new((0, None)) }
+    }
 
-fn with_shards<T>(f: impl FnOnce(&mut Shards) -> T) -> T {
-    let mut guard = SHARDS.lock().unwrap_or_else(PoisonError::into_inner);
-    f(guard.get_or_insert_with(|| Shards { open: HashMap::new(), next: 1 }))
+    fn add(&self, value: T) -> Result<u32> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, values) = &mut *open;
+        let handle = last.checked_add(1).ok_or_else(|| Error::new(Error::EXHAUSTED, "all handles are used up"))?;
+        *last = handle;
+        values.get_or_insert_default().insert(handle, Arc::new(value));
+        Ok(handle)
+    }
+
+    /// It stays alive until the last call on it ends, closed or not.
+    fn get(&self, handle: u32) -> Result<Arc<T>> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.1.as_ref().and_then(|values| values.get(&handle).cloned()).ok_or_else(|| self.unknown(handle))
+    }
+
+    /// Takes it off the list; it ends with the last call on it.
+    fn remove(&self, handle: u32) -> Result<Arc<T>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.1.as_mut().and_then(|values| values.remove(&handle)).ok_or_else(|| self.unknown(handle))
+    }
+
+    fn unknown(&self, handle: u32) -> Error {
+        Error::new(Error::BAD_HANDLE, format!("no {} has handle {handle}", self.kind))
+    }
 }
 
-/// The shard; it stays alive until the last call on it ends, closed or not.
-fn shard(handle: u32) -> Result<Arc<Shard>> {
-    with_shards(|s| s.open.get(&handle).cloned())
-        .ok_or_else(|| Error::new(Error::BAD_HANDLE, format!("no shard has handle {handle}")))
-}
+static SHARDS: Registry<Shard> = Registry::new("shard");
 
 /// Runs `f`, and turns its error or panic into a code and a text.
 fn guard(err: *mut u8, err_len: usize, f: impl FnOnce() -> Result<i32>) -> i32 {
@@ -217,15 +244,9 @@ pub unsafe extern "C" fn lutra_shard_open(
             // SAFETY: not null, long enough and aligned; any bits are two u64; others access it atomically.
             unsafe { &*progress.cast::<Progress>() }
         };
-        let shard = Arc::new(Shard::open_watched(&Descriptor::parse(json)?, progress)?);
+        let shard = Shard::open_watched(&Descriptor::parse(json)?, progress)?;
         let notes = shard.notes().join("; ");
-        let number = with_shards(|s| {
-            let number = s.next;
-            s.next = s.next.checked_add(1)?;
-            s.open.insert(number, shard);
-            Some(number)
-        })
-        .ok_or_else(|| Error::new(Error::EXHAUSTED, "all handles are used up"))?;
+        let number = SHARDS.add(shard)?;
         // SAFETY: the caller's.
         unsafe { output(handle, handle_len, &number.to_le_bytes(), "handle")? };
         if notes.is_empty() {
@@ -273,7 +294,7 @@ pub unsafe extern "C" fn lutra_shard_forward(
         }
         // SAFETY: the caller's.
         let out = unsafe { buffer(out, out_len.min(i32::MAX as usize), "output")? };
-        let bytes = shard(handle)?.forward(batch, states, stop, out)?;
+        let bytes = SHARDS.get(handle)?.forward(batch, states, stop, out)?;
         // SAFETY: the caller's.
         unsafe { output(written, written_len, &(bytes as u32).to_le_bytes(), "written")? };
         Ok(0)
@@ -287,7 +308,7 @@ pub unsafe extern "C" fn lutra_shard_forward(
 #[no_mangle]
 pub unsafe extern "C" fn lutra_shard_truncate(handle: u32, seq: u32, length: u32, err: *mut u8, err_len: usize) -> i32 {
     guard(err, err_len, || {
-        shard(handle)?.truncate(seq, length as usize);
+        SHARDS.get(handle)?.truncate(seq, length as usize);
         Ok(0)
     })
 }
@@ -305,7 +326,7 @@ pub unsafe extern "C" fn lutra_shard_stats(
     err_len: usize,
 ) -> i32 {
     guard(err, err_len, || {
-        let json = serde_json::to_string(&shard(handle)?.stats()).map_err(|e| Error::argument(e.to_string()))?;
+        let json = serde_json::to_string(&SHARDS.get(handle)?.stats()).map_err(|e| Error::argument(e.to_string()))?;
         // SAFETY: the caller's.
         unsafe { output(out, out_len, json.as_bytes(), "out")? };
         count(json.len())
@@ -343,8 +364,7 @@ pub unsafe extern "C" fn lutra_tune(
 pub unsafe extern "C" fn lutra_shard_close(handle: u32, err: *mut u8, err_len: usize) -> i32 {
     guard(err, err_len, || {
         // Dropped outside the lock: unmapping takes a while.
-        let closed = with_shards(|s| s.open.remove(&handle));
-        closed.map(|_| 0).ok_or_else(|| Error::new(Error::BAD_HANDLE, format!("no shard has handle {handle}")))
+        SHARDS.remove(handle).map(|_| 0)
     })
 }
 

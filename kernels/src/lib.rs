@@ -1,6 +1,7 @@
 //! Lutra's kernels: low-bit matrix products, the other tensor operations, and a layer shard's forward pass.
 //!
-//! Knows tensors and the model file it maps; knows no network, no clients and no JSON but a shard's descriptor.
+//! Knows tensors and the model file it maps; knows no clients and no JSON but descriptors, and of the network a socket to the bus
+//! alone (`lane`), which knows no tensors.
 //! Weights come from a mapped file, are repacked once (`pack`), and stay here; activations and tokens come in and go out
 //! through the C ABI (`ffi`), one call per micro-batch.
 //!
@@ -30,6 +31,8 @@ pub mod batch;
 pub mod descriptor;
 pub mod ffi;
 pub mod kv;
+#[cfg(unix)]
+pub mod lane;
 pub mod mapping;
 pub mod profile;
 pub mod sampling;
@@ -49,6 +52,9 @@ extern crate self as lutra_kernels;
 #[cfg(test)]
 #[path = "../tests/fuzz/mod.rs"]
 mod fuzz_tests;
+#[cfg(all(test, unix))]
+#[path = "../tests/lane/mod.rs"]
+mod lane_tests;
 #[cfg(test)]
 #[path = "../tests/numerics/mod.rs"]
 mod numerics_tests;

@@ -179,6 +179,8 @@ export interface DeviceOptions {
   memoryGB?: number;
   /** Whether they measure their speed; else they count as equally fast. @default {false} */
   measure?: boolean;
+  /** Whether they may have a lane. @default {true} */
+  lane?: boolean;
   /** The share of a core that each gets, by its number. Default: all of it. */
   quota?: (index: number) => number | undefined;
 }
@@ -191,6 +193,7 @@ export class Device {
   readonly #memoryGB: number;
   readonly #core: number | undefined;
   readonly #measure: boolean;
+  readonly #lane: boolean;
   readonly #cache = mkdtempSync(join(tmpdir(), "lutra-device-"));
   #child: Deno.ChildProcess | undefined;
   #quota: CpuQuota | undefined;
@@ -202,6 +205,7 @@ export class Device {
     this.#memoryGB = options.memoryGB ?? 1;
     this.#core = options.core?.(index);
     this.#measure = options.measure ?? false;
+    this.#lane = options.lane ?? true;
   }
 
   /** Starts it, or starts it again under the same name. */
@@ -218,6 +222,7 @@ export class Device {
       `${this.#memoryGB}`,
       "--no-cache",
       ...(this.#measure ? [] : ["--no-measure"]),
+      ...(this.#lane ? [] : ["--no-lane"]),
     ];
     const run = ["run", "-q", "-P=worker", repoPath("mod.ts"), "worker", "--nats", url, ...flags, "--drain", "5"];
     const [command, ...args] = [

@@ -9,9 +9,9 @@ use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 /// A code and the error's text.
-type Outcome = std::result::Result<i32, (i32, String)>;
+pub type Outcome = std::result::Result<i32, (i32, String)>;
 
-fn call(f: impl FnOnce(*mut u8, usize) -> i32) -> Outcome {
+pub fn call(f: impl FnOnce(*mut u8, usize) -> i32) -> Outcome {
     let mut err = [0xaa; 512];
     let code = f(err.as_mut_ptr(), err.len());
     if code >= 0 {
@@ -21,7 +21,7 @@ fn call(f: impl FnOnce(*mut u8, usize) -> i32) -> Outcome {
     Err((code, String::from_utf8(err[4..4 + n].to_vec()).unwrap()))
 }
 
-fn open(descriptor: &Value) -> std::result::Result<u32, (i32, String)> {
+pub fn open(descriptor: &Value) -> std::result::Result<u32, (i32, String)> {
     let json = descriptor.to_string();
     let mut handle = [0; 4];
     // SAFETY: every buffer is as long as is said.
@@ -29,7 +29,7 @@ fn open(descriptor: &Value) -> std::result::Result<u32, (i32, String)> {
     Ok(u32::from_le_bytes(handle))
 }
 
-fn forward(handle: u32, batch: &[u8], input: &[u8], stop: Option<&AtomicI32>, out: &mut [u8]) -> Outcome {
+pub fn forward(handle: u32, batch: &[u8], input: &[u8], stop: Option<&AtomicI32>, out: &mut [u8]) -> Outcome {
     let mut written = [0; 4];
     // SAFETY: as above.
     call(|err, n| unsafe { forward_into(handle, batch, input, stop, out, &mut written, err, n) })?;
@@ -70,7 +70,7 @@ pub unsafe fn forward_into(
     )
 }
 
-fn close(handle: u32) -> Outcome {
+pub fn close(handle: u32) -> Outcome {
     // SAFETY: as above.
     call(|err, n| unsafe { lutra_shard_close(handle, err, n) })
 }
