@@ -102,6 +102,39 @@ test("a server that falls silent counts as lost, and is found again", async () =
   await bus.close();
 });
 
+/** Checks that native code comes in by a connection of its own, and gets its messages. */
+async function comesIn(bus: NatsBus): Promise<void> {
+  const { hostname, port, hello } = bus.nativeEndpoint()!;
+  using conn = await Deno.connect({ hostname, port });
+  const decoder = new TextDecoder();
+  let text = "";
+  const until = async (pattern: RegExp) => {
+    for (const buffer = new Uint8Array(4096); !pattern.test(text);) {
+      const bytes = await conn.read(buffer);
+      assert(bytes !== null, text);
+      text += decoder.decode(buffer.subarray(0, bytes));
+    }
+    return pattern.exec(text)!;
+  };
+  const [, info] = await until(/INFO ({.*}) *\r\n/);
+  await conn.write(new TextEncoder().encode(hello(info!, "native.subject")));
+  await until(/PONG\r\n/);
+  bus.publish("native.subject", Uint8Array.of(104, 105));
+  await until(/MSG native\.subject 1 2\r\nhi\r\n/);
+  assert.doesNotMatch(text, /-ERR/);
+  assert.throws(() => hello(info!, "a b"), { name: "SubjectError" });
+  assert.throws(() => hello("{", "a"), { name: "BusConnectError", message: /malformed/ });
+  assert.throws(() => hello('{"tls_available":true}', "a"), { name: "BusConnectError", message: /offers TLS/ });
+}
+
+test("native code comes in where the bus is, without TLS", async () => {
+  await using server = await nats.start();
+  const bus = await NatsBus.connect({ servers: ["127.0.0.1:1", server.url], name: "board" });
+  await comesIn(bus);
+  await bus.close();
+  assert.equal(bus.nativeEndpoint(), undefined);
+});
+
 test("token and password are asked for; a refusal tells so", async () => {
   const refused = async (servers: string, options: object = {}) =>
     await assert.rejects(NatsBus.connect({ servers, ...options, ...quiet }), (error: Error) => {
@@ -114,14 +147,18 @@ test("token and password are asked for; a refusal tells so", async () => {
     await using server = await nats.start({ token: "s3cret/@:" });
     const plain = `nats://127.0.0.1:${server.port}`;
     for (const options of [{ servers: server.url }, { servers: plain, token: "s3cret/@:" }]) {
-      await (await NatsBus.connect(options)).close();
+      const bus = await NatsBus.connect(options);
+      await comesIn(bus);
+      await bus.close();
     }
     await refused(plain);
     await refused(plain, { token: "wrong" });
   }
   await using server = await nats.start({ config: `authorization { user: lutra, password: "s3cret" }` });
   await (await NatsBus.connect({ servers: `nats://lutra:s3cret@127.0.0.1:${server.port}` })).close();
-  await (await NatsBus.connect({ servers: server.url, user: "lutra", password: "s3cret" })).close();
+  const bus = await NatsBus.connect({ servers: server.url, user: "lutra", password: "s3cret" });
+  await comesIn(bus);
+  await bus.close();
   await refused(`nats://lutra:wrong@127.0.0.1:${server.port}`);
 });
 
@@ -129,7 +166,9 @@ test("an nkey is proved by its signature", async () => {
   const pair = nkeys.createUser();
   const seed = new TextDecoder().decode(pair.getSeed());
   await using server = await nats.start({ config: `authorization { users: [{ nkey: ${pair.getPublicKey()} }] }` });
-  await (await NatsBus.connect({ servers: server.url, nkeySeed: `${seed}\n` })).close();
+  const bus = await NatsBus.connect({ servers: server.url, nkeySeed: `${seed}\n` });
+  await comesIn(bus);
+  await bus.close();
   const other = new TextDecoder().decode(nkeys.createUser().getSeed());
   await assert.rejects(NatsBus.connect({ servers: server.url, nkeySeed: other, ...quiet }), BusConnectError);
 });
@@ -170,6 +209,7 @@ test("a credentials file is proved by operator, account and user; another accoun
   const bus = await NatsBus.connect({ servers: server.url, creds: credsOf(account) });
   bus.subscribe("echo", (message) => message.respond(message.data));
   assert.deepEqual([...(await bus.request("echo", Uint8Array.of(7))).data], [7]);
+  await comesIn(bus);
   await bus.close();
   for (const options of [{ creds: credsOf(stranger) }, {}]) {
     await assert.rejects(NatsBus.connect({ servers: server.url, ...options, ...quiet }), {
@@ -204,7 +244,9 @@ test("TLS checks the server's certificate, mutual TLS the client's", async () =>
       const verify = mutual ? `, ca_file: "${file("ca.pem")}", verify: true` : "";
       await using server = await nats.start({ config: `tls { ${files}${verify} }` });
       const servers = `tls://localhost:${server.port}`;
-      await (await NatsBus.connect({ servers, tls: mutual ? { ca, ...own } : { ca } })).close();
+      const bus = await NatsBus.connect({ servers, tls: mutual ? { ca, ...own } : { ca } });
+      assert.equal(bus.nativeEndpoint(), undefined);
+      await bus.close();
       // Without the authority it is not trusted, asked for by name or not: never is anything said in the clear.
       for (const address of [servers, servers.replace("tls:", "nats:")]) {
         const connecting = NatsBus.connect({ servers: address, token: "secret", ...quiet });
