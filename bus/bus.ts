@@ -21,12 +21,12 @@ export interface NativeEndpoint {
   readonly hostname: string;
   readonly port: number;
   /**
-   * Lines of the NATS protocol that log in and subscribe to `subject`, the last one a PING.
+   * Lines of the NATS protocol that log in and subscribe to `subjects`, which are numbered from 1; the last one is a PING.
    *
    * @param info What the server has said of itself, JSON.
    * @throws {BusConnectError} when the server wants TLS, or `info` is malformed.
    */
-  hello(info: string, subject: string): string;
+  hello(info: string, subjects: readonly string[]): string;
 }
 
 /** Options of {@linkcode Bus.publish}. */

@@ -155,7 +155,7 @@ export class NatsBus implements Bus {
     return {
       hostname: hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
       port: Number(port),
-      hello: (info, subject) => hello(this.#settings, info, subject),
+      hello: (info, subjects) => hello(this.#settings, info, subjects),
     };
   }
 
@@ -390,7 +390,7 @@ function connectionOptions(options: NatsOptions): { settings: ConnectionOptions;
 }
 
 /** See {@linkcode NativeEndpoint.hello}. */
-function hello(settings: ConnectionOptions, info: string, subject: string): string {
+function hello(settings: ConnectionOptions, info: string, subjects: readonly string[]): string {
   let greeting: z.infer<typeof infoSchema>;
   try {
     greeting = infoSchema.parse(JSON.parse(info));
@@ -398,7 +398,7 @@ function hello(settings: ConnectionOptions, info: string, subject: string): stri
     throw new BusConnectError("the server's greeting is malformed", { cause });
   }
   if (greeting.tls_required || greeting.tls_available) throw new BusConnectError("the server offers TLS");
-  checkSubject(subject);
+  subjects.forEach(checkSubject);
   const { name, token, user, pass, authenticator } = settings;
   const options = {
     verbose: false,
@@ -413,7 +413,8 @@ function hello(settings: ConnectionOptions, info: string, subject: string): stri
     ...(user === undefined ? {} : { user, pass }),
     ...(authenticator as Authenticator | undefined)?.(greeting.nonce), // `connectionOptions` makes one, no list
   };
-  return `CONNECT ${JSON.stringify(options)}\r\nSUB ${subject} 1\r\nPING\r\n`;
+  const subscribe = subjects.map((subject, i) => `SUB ${subject} ${i + 1}\r\n`).join("");
+  return `CONNECT ${JSON.stringify(options)}\r\n${subscribe}PING\r\n`;
 }
 
 function connectProblem(servers: string, cause: unknown): string {

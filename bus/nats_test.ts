@@ -117,14 +117,14 @@ async function comesIn(bus: NatsBus): Promise<void> {
     return pattern.exec(text)!;
   };
   const [, info] = await until(/INFO ({.*}) *\r\n/);
-  await conn.write(new TextEncoder().encode(hello(info!, "native.subject")));
+  await conn.write(new TextEncoder().encode(hello(info!, ["other", "native.subject"])));
   await until(/PONG\r\n/);
   bus.publish("native.subject", Uint8Array.of(104, 105));
-  await until(/MSG native\.subject 1 2\r\nhi\r\n/);
+  await until(/MSG native\.subject 2 2\r\nhi\r\n/);
   assert.doesNotMatch(text, /-ERR/);
-  assert.throws(() => hello(info!, "a b"), { name: "SubjectError" });
-  assert.throws(() => hello("{", "a"), { name: "BusConnectError", message: /malformed/ });
-  assert.throws(() => hello('{"tls_available":true}', "a"), { name: "BusConnectError", message: /offers TLS/ });
+  assert.throws(() => hello(info!, ["a b"]), { name: "SubjectError" });
+  assert.throws(() => hello("{", ["a"]), { name: "BusConnectError", message: /malformed/ });
+  assert.throws(() => hello('{"tls_available":true}', ["a"]), { name: "BusConnectError", message: /offers TLS/ });
 }
 
 test("native code comes in where the bus is, without TLS", async () => {

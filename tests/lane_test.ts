@@ -179,6 +179,20 @@ test("answers that are given up leave nothing behind, and disturb nobody", async
   await t.end();
 });
 
+test("what is sent after a release finds its memory free: a short KV cache", async () => {
+  const answers = await withoutLanes();
+  const t = await start(2, { context: 96, kvTokens: 192, maxBatch: 48 });
+  const all = requests(t.engine.model.description.hyper.vocab);
+  for (let round = 0; round < 5; round++) {
+    await Promise.all(all.map(async (request, i) => {
+      assert.deepEqual((await read(t.engine.generate(request))).ids, answers[i], `request ${i}`);
+    }));
+  }
+  assert(t.engine.stats().preemptions > 0, "the cache was long enough");
+  assert.deepEqual(t.log, []);
+  await t.end();
+});
+
 test("workers answer how they are while a lane waits and while it computes", async () => {
   const t = await start(2);
   const idle = await t.engine.query();

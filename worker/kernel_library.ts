@@ -438,10 +438,12 @@ class Handle implements ShardHandle {
   }
 
   /** Absent where the library has no lanes. */
-  get openLane(): ((endpoint: NativeEndpoint, subject: string, maxPayload: number) => Promise<Lane>) | undefined {
+  get openLane():
+    | ((endpoint: NativeEndpoint, subjects: readonly string[], maxPayload: number) => Promise<Lane>)
+    | undefined {
     if (this.#symbols.lutra_lane_open === null) return undefined;
     const symbols = this.#symbols as LaneSymbols;
-    return (endpoint, subject, maxPayload) => NativeLane.open(symbols, this.#handle, endpoint, subject, maxPayload);
+    return (endpoint, subjects, maxPayload) => NativeLane.open(symbols, this.#handle, endpoint, subjects, maxPayload);
   }
 
   truncate(seq: number, length: number): void {

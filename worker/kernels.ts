@@ -84,12 +84,12 @@ export interface ShardHandle {
   /**
    * Opens a {@linkcode Lane} of this shard; absent where the kernel library has none.
    *
-   * @param subject Where its messages come.
+   * @param subjects Where its micro-batches come, and what else it shall hear in order with them.
    * @param maxPayload Bytes of the longest one.
    * @throws {KernelError | BusConnectError} when there is no connection to be had.
    */
   readonly openLane?:
-    | ((endpoint: NativeEndpoint, subject: string, maxPayload: number) => Promise<Lane>)
+    | ((endpoint: NativeEndpoint, subjects: readonly string[], maxPayload: number) => Promise<Lane>)
     | undefined;
   /** What it holds. */
   stats(): ShardStats;
@@ -133,8 +133,8 @@ interface Came {
 /** How a step of a lane ended. */
 export type LaneEvent =
   | { readonly type: "woken" }
-  /** Another message came. */
-  | { readonly type: "message"; readonly data: Uint8Array }
+  /** Another message came; `subject` is of those that the lane was opened for. */
+  | { readonly type: "message"; readonly subject: number; readonly data: Uint8Array }
   | Came & { readonly type: "done" }
   | Came & { readonly type: "failed"; readonly error: KernelError };
 
@@ -155,10 +155,14 @@ export interface Lane {
   stop(): void;
   /** Has a step return as soon as nothing is being computed. */
   wake(): void;
-  /** Sends a message, in order with what steps send. */
-  publish(subject: string, data: Uint8Array): Promise<void>;
+  /**
+   * Sends a copy of `data`, in order with what steps send.
+   *
+   * @throws {KernelError} when the connection is lost.
+   */
+  publish(subject: string, data: Uint8Array): void;
   /** Reads what has come, as the server would hold it only for so long; during long passes from time to time. */
   readAhead(): void;
-  /** Ends the connection, and a step with an error. Harmless when repeated. */
-  close(): void;
+  /** Ends the connection, and a step with an error. Resolves when nothing is being sent any more. */
+  close(): Promise<void>;
 }

@@ -1,7 +1,7 @@
 import type { NativeEndpoint } from "../bus/mod.ts";
 import { borrow, ERROR_BYTES, fixed, textOf, unwrap } from "./abi.ts";
 import type { Bytes } from "./abi.ts";
-import { KernelError } from "./errors.ts";
+import { KernelError, KernelErrorCode } from "./errors.ts";
 import type { Armed, Lane, LaneEvent } from "./kernels.ts";
 
 const BYTES = ["buffer", "usize"] as const;
@@ -67,12 +67,15 @@ export class NativeLane implements Lane {
   readonly #handle: number;
   readonly #shard: number;
   readonly #control = new Int32Array(new ArrayBuffer(16));
-  readonly #report = fixed(28);
+  readonly #report = fixed(32);
   readonly #stepError = fixed(ERROR_BYTES);
+  readonly #flushError = fixed(ERROR_BYTES);
   readonly #error = fixed(ERROR_BYTES);
   /** Keeps what a step in flight uses from the garbage collector. */
   #inFlight: Bytes | undefined;
   #begun = 0;
+  /** Sends what the socket did not take at once. */
+  #flushing: Promise<void> | undefined;
   #closed = false;
 
   private constructor(symbols: LaneSymbols, handle: number, shard: number) {
@@ -86,21 +89,26 @@ export class NativeLane implements Lane {
     symbols: LaneSymbols,
     shard: number,
     { hostname, port, hello }: NativeEndpoint,
-    subject: string,
+    subjects: readonly string[],
     maxPayload: number,
   ): Promise<NativeLane> {
     const address = new TextEncoder().encode(JSON.stringify({ hostname, port, timeoutMs: TIMEOUT_MS }));
     const [info, handle, err] = [fixed(INFO_BYTES), fixed(4), fixed(ERROR_BYTES)];
+    /** From the garbage collector. */
+    const kept = [address, info, handle, err];
     const length = await symbols.lutra_lane_open(...sized(address), ...sized(info), ...sized(handle), ...sized(err));
     const greeting = new TextDecoder().decode(info.subarray(0, unwrap(length, err)));
     const lane = new NativeLane(symbols, new DataView(handle.buffer).getUint32(0, true), shard);
     try {
-      const lines = new TextEncoder().encode(hello(greeting, subject));
+      const lines = new TextEncoder().encode(hello(greeting, subjects));
+      kept.push(lines);
       unwrap(await symbols.lutra_lane_join(lane.#handle, ...sized(lines), maxPayload, TIMEOUT_MS, ...sized(err)), err);
       return lane;
     } catch (error) {
-      lane.close();
+      await lane.close();
       throw error;
+    } finally {
+      kept.length = 0;
     }
   }
 
@@ -132,12 +140,15 @@ export class NativeLane implements Lane {
     unwrap(code, err);
     if (code === Step.woken) return { type: "woken" };
     const view = new DataView(report.buffer);
-    if (code === Step.message) return { type: "message", data: this.#take(view.getUint32(16, true)) };
+    if (code === Step.message) {
+      const subject = view.getUint32(20, true) - 1;
+      return { type: "message", subject, data: this.#take(view.getUint32(16, true)) };
+    }
     const came = {
       index: view.getUint32(0, true),
       ms: Number(view.getBigUint64(8, true)) / 1e6,
-      step: view.getUint32(20, true),
-      chain: view.getUint32(24, true),
+      step: view.getUint32(24, true),
+      chain: view.getUint32(28, true),
     };
     if (code === Step.done) return { type: "done", ...came };
     return { type: "failed", ...came, error: new KernelError(view.getInt32(4, true), textOf(err)) };
@@ -159,25 +170,32 @@ export class NativeLane implements Lane {
     this.#call((err) => this.#symbols.lutra_lane_wake(this.#handle, ...sized(err)));
   }
 
-  async publish(subject: string, data: Uint8Array): Promise<void> {
+  publish(subject: string, data: Uint8Array): void {
+    if (this.#closed) throw new KernelError(KernelErrorCode.lost, "the lane was closed");
     const to = new TextEncoder().encode(subject);
     const left = this.#call((err) =>
       this.#symbols.lutra_lane_publish(this.#handle, ...sized(to), ...sized(borrow(data)), ...sized(err))
     );
-    if (left === 0) return;
-    const err = fixed(ERROR_BYTES);
-    unwrap(await this.#symbols.lutra_lane_flush(this.#handle, ...sized(err)), err);
+    if (left > 0) this.#flushing ??= this.#flush();
+  }
+
+  async #flush(): Promise<void> {
+    // That the lane is lost the next step tells.
+    await this.#symbols.lutra_lane_flush(this.#handle, ...sized(this.#flushError));
+    this.#flushing = undefined;
   }
 
   readAhead(): void {
     if (!this.#closed) this.#call((err) => this.#symbols.lutra_lane_read(this.#handle, ...sized(err)));
   }
 
-  close(): void {
-    if (this.#closed) return;
-    this.#closed = true;
-    this.stop();
-    this.#call((err) => this.#symbols.lutra_lane_close(this.#handle, ...sized(err)));
+  async close(): Promise<void> {
+    if (!this.#closed) {
+      this.#closed = true;
+      this.stop();
+      this.#call((err) => this.#symbols.lutra_lane_close(this.#handle, ...sized(err)));
+    }
+    await this.#flushing;
   }
 
   #call(call: (err: Bytes) => number): number {

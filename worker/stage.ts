@@ -40,7 +40,7 @@ export interface Computed {
 
 /** What a lane leaves to be done: a message that came, or a micro-batch that failed, or, without an error, that was given up. */
 export type Left =
-  | { readonly type: "message"; readonly data: Uint8Array }
+  | LaneEvent & { readonly type: "message" }
   | { readonly type: "left"; readonly item: QueuedStep; readonly error?: KernelError };
 
 /** A micro-batch as a lane can have it: its sequences go on by a token each. */

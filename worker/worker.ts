@@ -31,7 +31,7 @@ import type {
   Subscription,
   WeightsRef,
 } from "../bus/mod.ts";
-import { KernelError, WorkerError } from "./errors.ts";
+import { KernelError, KernelErrorCode, WorkerError } from "./errors.ts";
 import type { KernelLibrary, Lane, ShardChoices, ShardHandle, Tuning } from "./kernels.ts";
 import { measureSpeed } from "./measure.ts";
 import { Stage } from "./stage.ts";
@@ -178,7 +178,7 @@ export class Worker {
         : [this.#bus.subscribe(this.#subjects.diagnose(this.id), (message) => this.#onDiagnose(message))]),
       this.#bus.watch((state) => {
         // Without an end of its own a lane would wait for a server that is not there any more.
-        if (state === "disconnected") return this.#stages.forEach((stage) => stage.lane?.close());
+        if (state === "disconnected") return this.#stages.forEach((stage) => void stage.lane?.close());
         this.#lanes = options.lane ?? true;
         this.#reconnections++;
         this.#announce();
@@ -401,7 +401,7 @@ export class Worker {
     } catch (error) {
       for (const stage of [...opened, ...spare]) {
         stage.subscription?.unsubscribe();
-        stage.lane?.close();
+        await stage.lane?.close();
         stage.handle.close();
       }
       throw error;
@@ -491,15 +491,16 @@ export class Worker {
 
   /** Ends all work: no more messages, an empty queue, nothing in the kernel library. */
   async #fence(): Promise<void> {
-    for (const stage of this.#stages) {
+    const lanes = this.#stages.map((stage) => {
       stage.subscription?.unsubscribe();
       stage.interrupt();
       stage.queued = 0;
       const { lane } = stage;
       stage.lane = undefined; // its end is no loss
-      lane?.close();
-    }
+      return lane?.close();
+    });
     this.#queue = [];
+    await Promise.all(lanes);
     await this.#serving;
     await this.#loop;
   }
@@ -531,9 +532,9 @@ export class Worker {
   async #openLane(stage: Stage): Promise<Lane | undefined> {
     const endpoint = this.#lanes ? this.#bus.nativeEndpoint?.() : undefined;
     if (endpoint === undefined) return undefined;
-    const subject = this.#subjects.stage(this.id, stage.spec.stage);
+    const subjects = [this.#subjects.stage(this.id, stage.spec.stage), this.#subjects.control(this.id)];
     try {
-      return await stage.handle.openLane?.(endpoint, subject, this.#bus.maxPayload);
+      return await stage.handle.openLane?.(endpoint, subjects, this.#bus.maxPayload);
     } catch (error) {
       if (!(error instanceof KernelError || error instanceof BusError)) throw error;
       this.#lanes = false;
@@ -553,18 +554,36 @@ export class Worker {
       }
       for (const act of this.#between.splice(0)) act();
       if (stage.lane !== lane) break;
-      if (left?.type === "message") this.#onWork(stage, left.data);
-      else if (left?.error !== undefined) this.#fail(stage, left.item, left.error);
+      if (left?.type === "message") {
+        if (left.subject === 0) this.#onWork(stage, left.data);
+        else this.#onOrderedControl(left.data);
+      } else if (left?.error !== undefined) this.#fail(stage, left.item, left.error);
       else if (left !== undefined) this.#enqueue(stage, left.item);
       await this.#loop;
     }
+  }
+
+  /**
+   * Takes a request as it stands among micro-batches. The bus brings it too, and often earlier, as a cancel shall overtake; but the
+   * two connections know no order, and what is sent after a release relies on the memory that it frees.
+   */
+  #onOrderedControl(data: Uint8Array): void {
+    let request: ControlRequest;
+    try {
+      request = decodeJson(controlRequestSchema, data);
+    } catch (error) {
+      if (!(error instanceof WireError)) throw error;
+      return; // the bus brought it as well
+    }
+    if (request.type !== "release" || request.epoch !== this.#epoch) return;
+    for (const stage of this.#stages) stage.release(request.seqs);
   }
 
   /** Goes on by the bus. Messages may be lost: the orchestrator is told, as if the bus had been lost. */
   #onLaneLost(stage: Stage, lane: Lane, error: unknown): void {
     if (stage.lane !== lane) return; // a fence's doing
     stage.lane = undefined;
-    lane.close();
+    void lane.close();
     this.#lanes = false;
     const detail = error instanceof Error ? error.message : String(error);
     this.#log(`worker ${this.id} lost its lane, and goes on without one: ${detail}`);
@@ -622,8 +641,8 @@ export class Worker {
         if (stage.epoch === this.#epoch && !this.#closed) {
           const { lane, spec: { next, first } } = stage;
           const way = lane ?? this.#bus;
-          if (first !== undefined && following !== undefined) await way.publish(first, following);
-          await way.publish(next, message);
+          if (first !== undefined && following !== undefined) way.publish(first, following);
+          way.publish(next, message);
         }
       } catch (error) {
         this.#fail(stage, item, error);
@@ -638,7 +657,8 @@ export class Worker {
     if (stage.epoch !== this.#epoch || this.#closed) return; // interrupted by a fence
     try {
       const failure = encodeFailure({
-        code: error instanceof KernelError ? error.code : 0,
+        // That it could not be sent is no fault of the request's.
+        code: error instanceof KernelError && error.code !== KernelErrorCode.lost ? error.code : 0,
         message: error instanceof Error ? error.message : String(error),
         worker: this.id,
         stage: stage.spec.stage,

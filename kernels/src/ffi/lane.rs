@@ -86,8 +86,8 @@ pub unsafe extern "C" fn lutra_lane_join(
 /// - [`STEP_MESSAGE`]: another message is there for [`lutra_lane_take`];
 /// - [`STEP_WOKEN`]: attention was asked for.
 ///
-/// `report` receives `u32` index of the micro-batch, `i32` error code, `u64` nanoseconds of the pass, `u32` bytes of the message,
-/// `u32` step and `u32` chain of the micro-batch.
+/// `report` receives `u32` index of the micro-batch, `i32` error code, `u64` nanoseconds of the pass, `u32` bytes of the message
+/// and `u32` its subscription; `u32` step and `u32` chain of the micro-batch.
 /// `control` is a `Control`; who sets its attention calls [`lutra_lane_wake`] afterwards. A negative code means that the lane is
 /// lost, or an argument was wrong.
 ///
@@ -116,31 +116,31 @@ pub unsafe extern "C" fn lutra_lane_step(
         let control = unsafe { &*control.cast::<Control>() };
         // SAFETY: the caller's.
         let (armed, report) = unsafe { (input(armed, armed_len, "armed")?, buffer(report, report_len, "report")?) };
-        let report = report.get_mut(..28).ok_or_else(|| Error::argument("report needs 28 bytes"))?;
+        let report = report.get_mut(..32).ok_or_else(|| Error::argument("report needs 32 bytes"))?;
         let mut armed = Armed::parse_all(armed, lane.limit())?;
         let event = lane.step(control, &mut armed, |batch, payload, output| {
             shard.forward(batch, payload, Some(&control.stop), output)
         })?;
-        let mut tell = |index: usize, code: i32, time: Duration, size: usize, Place { step, chain }: Place| {
+        let mut tell = |index: usize, code: i32, time: Duration, Place { step, chain }: Place| {
             report[..4].copy_from_slice(&(index as u32).to_le_bytes());
             report[4..8].copy_from_slice(&code.to_le_bytes());
             report[8..16].copy_from_slice(&(time.as_nanos() as u64).to_le_bytes());
-            report[16..20].copy_from_slice(&(size as u32).to_le_bytes());
-            report[20..24].copy_from_slice(&step.to_le_bytes());
-            report[24..].copy_from_slice(&u32::from(chain).to_le_bytes());
+            report[24..28].copy_from_slice(&step.to_le_bytes());
+            report[28..].copy_from_slice(&u32::from(chain).to_le_bytes());
         };
         Ok(match event {
             Event::Woken => STEP_WOKEN,
-            Event::Message(size) => {
-                tell(0, 0, Duration::ZERO, size, Place { step: 0, chain: 0 });
+            Event::Message { subscription, size } => {
+                report[16..20].copy_from_slice(&(size as u32).to_le_bytes());
+                report[20..24].copy_from_slice(&subscription.to_le_bytes());
                 STEP_MESSAGE
             }
             Event::Done { index, place, time } => {
-                tell(index, 0, time, 0, place);
+                tell(index, 0, time, place);
                 STEP_DONE
             }
             Event::Failed { index, place, time, error } => {
-                tell(index, error.code, time, 0, place);
+                tell(index, error.code, time, place);
                 // SAFETY: the caller's.
                 unsafe { super::tell(err, err_len, &error.message) };
                 STEP_FAILED

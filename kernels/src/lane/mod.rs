@@ -29,6 +29,9 @@ const MOST_WAITING: usize = 64 << 20;
 /// Longest payload before [`Lane::join`] says what the server allows.
 const FIRST_LIMIT: usize = 1 << 20;
 
+/// The subscription by which micro-batches come.
+pub const WORK: u32 = 1;
+
 /// What JavaScript and a [`Lane::step`] tell each other while it runs.
 #[repr(C)]
 pub struct Control {
@@ -47,8 +50,8 @@ pub struct Control {
 pub enum Event {
     /// Attention was asked for.
     Woken,
-    /// A message of so many bytes is there that was not armed.
-    Message(usize),
+    /// A message of so many bytes, by that subscription, is there that was not armed.
+    Message { subscription: u32, size: usize },
     /// An armed micro-batch was computed, in `time`, and passed on.
     Done { index: usize, place: Place, time: Duration },
     /// It came, and could not be computed.
@@ -121,7 +124,7 @@ impl Lane {
         lock(&self.incoming).limit = limit;
         self.send(hello)?;
         // A message is as good a sign as the reply, which may come after it.
-        self.await_reply(Instant::now() + timeout, |op, _| matches!(op, Op::Pong | Op::Message(_)).then_some(()))
+        self.await_reply(Instant::now() + timeout, |op, _| matches!(op, Op::Pong | Op::Message(..)).then_some(()))
     }
 
     /// Longest payload.
@@ -138,7 +141,7 @@ impl Lane {
                     return Err(lost(format!("the server refuses: {text}")));
                 }
                 let found = wanted(&op, incoming.bytes());
-                let is_message = matches!(op, Op::Message(_));
+                let is_message = matches!(op, Op::Message(..));
                 if !is_message {
                     incoming.consume(length);
                 }
@@ -176,16 +179,15 @@ impl Lane {
             if control.attention.swap(0, SeqCst) != 0 {
                 return Ok(Event::Woken);
             }
-            let Some(size) = self.next_message()? else {
+            let Some(next) = self.next_message()? else {
                 self.wait(libc::POLLIN, None)?;
                 self.receive()?;
                 continue;
             };
             let mut incoming = lock(&self.incoming);
-            let Some((Op::Message(range), length)) = incoming.peek()? else { continue };
-            let Some(index) = armed.iter().position(|a| a.fits(&incoming.bytes()[range.clone()])) else {
-                return Ok(Event::Message(size));
-            };
+            let Some((Op::Message(subscription, range), length)) = incoming.peek()? else { continue };
+            let fits = |a: &Armed| subscription == WORK && a.fits(&incoming.bytes()[range.clone()]);
+            let Some(index) = armed.iter().position(fits) else { return Ok(next) };
             // Either this sees that attention is asked for, or who asks sees that this runs.
             control.began.store(begun.elapsed().as_millis().min(i32::MAX as u128) as i32, SeqCst);
             control.running.store(index as i32, SeqCst);
@@ -219,12 +221,14 @@ impl Lane {
         }
     }
 
-    /// The length of the message that is next, once all of it is here; answers the server's pings on the way to it.
-    fn next_message(&self) -> Result<Option<usize>> {
+    /// The message that is next, once all of it is here; answers the server's pings on the way to it.
+    fn next_message(&self) -> Result<Option<Event>> {
         let mut incoming = lock(&self.incoming);
         while let Some((op, length)) = incoming.peek()? {
             match op {
-                Op::Message(range) => return Ok(Some(range.len())),
+                Op::Message(subscription, range) => {
+                    return Ok(Some(Event::Message { subscription, size: range.len() }));
+                }
                 Op::Err(text) => return Err(lost(format!("the server says: {text}"))),
                 Op::Ping => self.send(b"PONG\r\n")?,
                 Op::Info(_) | Op::Pong | Op::Ok => {}
@@ -237,7 +241,7 @@ impl Lane {
     /// Takes the message that [`Event::Message`] told of.
     pub fn take(&self, into: &mut [u8]) -> Result<usize> {
         let mut incoming = lock(&self.incoming);
-        let Some((Op::Message(range), length)) = incoming.peek()? else {
+        let Some((Op::Message(_, range), length)) = incoming.peek()? else {
             return Err(Error::argument("no message is there to be taken"));
         };
         let size = range.len();
@@ -258,10 +262,23 @@ impl Lane {
         Ok(outgoing.len())
     }
 
-    /// Sends what is left.
+    /// Waits until all that was published is sent.
     pub fn flush(&self) -> Result<()> {
-        let mut outgoing = lock(&self.outgoing);
-        self.write_all(&mut outgoing)
+        let end = Instant::now() + WRITE_TIMEOUT;
+        loop {
+            // Others publish while this waits.
+            let mut outgoing = lock(&self.outgoing);
+            self.write(&mut outgoing)?;
+            if outgoing.is_empty() {
+                return Ok(());
+            }
+            drop(outgoing);
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(lost("the server takes nothing any more"));
+            }
+            self.wait(libc::POLLOUT, Some(left))?;
+        }
     }
 
     /// Reads what has come, so that the server need not hold it during a long pass.
@@ -284,36 +301,16 @@ impl Lane {
         self.wake();
     }
 
+    /// Sends all of `bytes`, behind what was published before.
     fn send(&self, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
         let mut outgoing = lock(&self.outgoing);
-        if !outgoing.is_empty() {
-            outgoing.extend_from_slice(bytes);
-            return self.write_all(&mut outgoing);
-        }
-        let sent = self.write_some(bytes)?;
+        let sent = if outgoing.is_empty() { self.write_some(bytes)? } else { 0 };
         if sent == bytes.len() {
             return Ok(());
         }
         outgoing.extend_from_slice(&bytes[sent..]);
-        self.write_all(&mut outgoing)
-    }
-
-    fn write_all(&self, outgoing: &mut Vec<u8>) -> Result<()> {
-        let end = Instant::now() + WRITE_TIMEOUT;
-        loop {
-            self.write(outgoing)?;
-            if outgoing.is_empty() {
-                return Ok(());
-            }
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(lost("the server takes nothing any more"));
-            }
-            self.wait(libc::POLLOUT, Some(left))?;
-        }
+        drop(outgoing);
+        self.flush()
     }
 
     fn write(&self, outgoing: &mut Vec<u8>) -> Result<()> {

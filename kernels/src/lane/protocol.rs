@@ -12,7 +12,8 @@ const READ_BYTES: usize = 1 << 16;
 #[derive(Debug, PartialEq, Eq)]
 pub enum Op {
     Info(Range<usize>),
-    Message(Range<usize>),
+    /// By which subscription, and its payload.
+    Message(u32, Range<usize>),
     Ping,
     Pong,
     Ok,
@@ -78,9 +79,11 @@ impl Incoming {
             b"MSG" => {
                 let mut words = rest.split(|b| b" \t".contains(b)).filter(|word| !word.is_empty());
                 // Subject, subscription, perhaps where an answer is awaited, bytes.
-                let (count, last) = (words.clone().count(), words.next_back());
-                let size = last.filter(|_| (3..=4).contains(&count)).and_then(number);
-                let size = size.ok_or_else(|| malformed("a message without its length"))?;
+                let count = words.clone().count();
+                let (subscription, size) = (words.nth(1).and_then(number), words.next_back().and_then(number));
+                let (Some(subscription), Some(size), 3..=4) = (subscription, size, count) else {
+                    return Err(malformed("a message without its length"));
+                };
                 if size > self.limit {
                     return Err(malformed(&format!("a message of {size} bytes, and {} may be", self.limit)));
                 }
@@ -91,7 +94,7 @@ impl Incoming {
                 if &bytes[end..end + 2] != b"\r\n" {
                     return Err(malformed("a message that is longer than it says"));
                 }
-                return Ok(Some((Op::Message(after..end), end + 2)));
+                return Ok(Some((Op::Message(subscription as u32, after..end), end + 2)));
             }
             b"INFO" => {
                 let begin = line.len() - line[word_end..].trim_ascii_start().len();
@@ -145,7 +148,7 @@ mod tests {
             incoming.came(piece.len());
             while let Some((op, length)) = incoming.peek()? {
                 let part = match &op {
-                    Op::Info(range) | Op::Message(range) => incoming.bytes()[range.clone()].to_vec(),
+                    Op::Info(range) | Op::Message(_, range) => incoming.bytes()[range.clone()].to_vec(),
                     _ => Vec::new(),
                 };
                 ops.push((op, part));
@@ -158,7 +161,7 @@ mod tests {
     #[test]
     fn operations_come_whole_however_they_are_cut() {
         let mut bytes =
-            b"INFO {\"a\": 1} \r\nPING\r\nMSG a.b 1 5\r\nhe\r\no\r\n+OK\r\nmsg\ta.b  1 _INBOX.x 0\r\n\r\n".to_vec();
+            b"INFO {\"a\": 1} \r\nPING\r\nMSG a.b 12 5\r\nhe\r\no\r\n+OK\r\nmsg\ta.b  1 _INBOX.x 0\r\n\r\n".to_vec();
         bytes.extend_from_slice(b"-ERR 'Slow Consumer'\r\nPONG\r\nMSG s 1 200000\r\n");
         let large: Vec<u8> = (0..200_000).map(|i| i as u8).collect();
         bytes.extend_from_slice(&large);
@@ -168,12 +171,12 @@ mod tests {
             let parts: Vec<&[u8]> = ops.iter().map(|(_, part)| &part[..]).collect();
             assert_eq!(parts[0], b"{\"a\": 1}");
             assert_eq!(ops[1].0, Op::Ping);
-            assert_eq!(parts[2], b"he\r\no");
+            assert!(matches!(ops[2].0, Op::Message(12, _)) && parts[2] == b"he\r\no");
             assert_eq!(ops[3].0, Op::Ok);
-            assert!(matches!(ops[4].0, Op::Message(_)) && parts[4].is_empty());
+            assert!(matches!(ops[4].0, Op::Message(1, _)) && parts[4].is_empty());
             assert_eq!(ops[5].0, Op::Err("Slow Consumer".into()));
             assert_eq!(ops[6].0, Op::Pong);
-            assert!(matches!(ops[7].0, Op::Message(_)) && parts[7] == large);
+            assert!(matches!(ops[7].0, Op::Message(1, _)) && parts[7] == large);
             assert_eq!(ops[8].0, Op::Ping);
             assert_eq!(ops.len(), 9);
         }
@@ -187,6 +190,8 @@ mod tests {
             (b"MSG a 1\r\n", "without its length"),
             (b"MSG a 1 r x 4\r\nabcd\r\n", "without its length"),
             (b"MSG a 1 -4\r\n", "without its length"),
+            (b"MSG a x 4\r\nabcd\r\n", "without its length"),
+            (b"MSG 1 4\r\nabcd\r\n", "without its length"),
             (b"MSG a 1 99999999999999999999\r\n", "without its length"),
             (b"MSG a 1 101\r\n", "101 bytes, and 100 may be"),
             (b"MSG a 1 2\r\nabcd\r\n", "longer than it says"),

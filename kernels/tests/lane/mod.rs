@@ -77,6 +77,11 @@ impl Server {
     }
 }
 
+/// What a step says of a message of so many bytes.
+fn message(size: usize) -> Event {
+    Event::Message { subscription: 1, size }
+}
+
 fn control() -> Control {
     Control {
         stop: AtomicI32::new(0),
@@ -185,7 +190,7 @@ fn what_was_armed_is_computed_and_passed_on() {
     // Nothing else was sent: an answer to a ping comes next.
     server.send(b"PING\r\n");
     server.message(&one);
-    assert_eq!(lane.step(&control, &mut armed, |_, _, _| unreachable!()).unwrap(), Event::Message(1));
+    assert_eq!(lane.step(&control, &mut armed, |_, _, _| unreachable!()).unwrap(), message(1));
     assert_eq!(server.line(), "PONG");
 }
 
@@ -251,7 +256,7 @@ fn tokens_that_are_sampled_go_straight_on() {
     assert!(matches!(event, Ok(Event::Failed { error, .. }) if error.code == Error::INVALID_DATA));
     server.send(b"PING\r\n");
     server.message(b"x");
-    assert_eq!(lane.step(&control(), &mut [], |_, _, _| unreachable!()).unwrap(), Event::Message(1));
+    assert_eq!(lane.step(&control(), &mut [], |_, _, _| unreachable!()).unwrap(), message(1));
     assert_eq!(server.line(), "PONG");
 }
 
@@ -270,7 +275,7 @@ fn anything_else_is_left_to_the_caller() {
         server.message(other);
         for _ in 0..2 {
             let event = lane.step(&control(), &mut armed, |_, _, _| unreachable!()).unwrap();
-            assert_eq!(event, Event::Message(other.len()), "it stays until it is taken");
+            assert_eq!(event, message(other.len()), "it stays until it is taken");
         }
         let mut taken = vec![0; other.len() + 3];
         assert_eq!(lane.take(&mut taken[..other.len().saturating_sub(1)]).is_err(), !other.is_empty());
@@ -280,6 +285,14 @@ fn anything_else_is_left_to_the_caller() {
         assert_eq!(&taken[..other.len()], &other[..]);
         assert!(lane.take(&mut taken).is_err(), "it is taken once");
     }
+    // What comes by another subscription never fits, and stays in its place.
+    server.send(&[format!("MSG c 7 {}\r\n", right.len()).as_bytes(), &right, b"\r\n"].concat());
+    server.message(&right);
+    let event = lane.step(&control(), &mut armed, |_, _, _| unreachable!()).unwrap();
+    assert_eq!(event, Event::Message { subscription: 7, size: right.len() });
+    lane.take(&mut vec![0; right.len()]).unwrap();
+    assert!(matches!(lane.step(&control(), &mut armed, |_, _, out| Ok(out.len())).unwrap(), Event::Done { .. }));
+    let mut armed = arm(&[middle(1)]).unwrap();
     // And after all this the right one still fits.
     server.message(&right);
     let event = lane.step(&control(), &mut armed, |_, _, out| Ok(out.len())).unwrap();
@@ -361,7 +374,7 @@ fn what_comes_during_a_pass_is_read_and_kept() {
         });
         assert!(matches!(event, Ok(Event::Done { .. })));
         for _ in 0..8 {
-            assert_eq!(lane.step(&control(), &mut [], |_, _, _| unreachable!()).unwrap(), Event::Message(large.len()));
+            assert_eq!(lane.step(&control(), &mut [], |_, _, _| unreachable!()).unwrap(), message(large.len()));
             let mut taken = vec![0; large.len()];
             lane.take(&mut taken).unwrap();
             assert!(taken == large);
@@ -446,7 +459,7 @@ fn a_message_before_the_reply_is_not_lost() {
     let (lane, _) = Lane::open("127.0.0.1", port, SECOND).unwrap();
     lane.join(b"PING\r\n", 100, SECOND).unwrap();
     let _server = server.join().unwrap();
-    assert_eq!(lane.step(&control(), &mut [], |_, _, _| unreachable!()).unwrap(), Event::Message(5));
+    assert_eq!(lane.step(&control(), &mut [], |_, _, _| unreachable!()).unwrap(), message(5));
 }
 
 #[test]
@@ -530,7 +543,7 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
     call(|err, n| unsafe { lutra_lane_join(lane, b"PING\r\n".as_ptr(), 6, 1 << 20, 1000, err, n) }).unwrap();
     let mut server = server.join().unwrap();
     let control = control();
-    let mut report = [0; 28];
+    let mut report = [0; 32];
     let step = |armed: &[u8], report: &mut [u8]| -> Outcome {
         let at = control_at(&control);
         let (report, report_len) = (report.as_mut_ptr(), report.len());
@@ -556,7 +569,7 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
         };
         server.message(&wire(1, &batch, b""));
         assert_eq!(step(&list(&[plan]), &mut report), Ok(STEP_DONE));
-        assert_eq!(report[20..], [&STEP.to_le_bytes()[..], &u32::from(CHAIN).to_le_bytes()].concat());
+        assert_eq!(report[24..], [&STEP.to_le_bytes()[..], &u32::from(CHAIN).to_le_bytes()].concat());
         assert_eq!(server.published(), ("r".into(), [&wire(5, b"", b"")[..], &expected[i + 1]].concat()));
     }
     // A token that the vocabulary lacks fails as it does without a lane, and JavaScript hears why.
@@ -574,7 +587,7 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
 
     server.message(b"other");
     assert_eq!(step(&list(&[]), &mut report), Ok(STEP_MESSAGE));
-    assert_eq!(report[16..20], 5u32.to_le_bytes());
+    assert_eq!(report[16..24], [5, 0, 0, 0, 1, 0, 0, 0]);
     let mut out = [0; 8];
     assert_eq!(call(|err, n| unsafe { lutra_lane_take(lane, out.as_mut_ptr(), 4, err, n) }).unwrap_err().0, -1);
     assert_eq!(call(|err, n| unsafe { lutra_lane_take(lane, out.as_mut_ptr(), 8, err, n) }), Ok(5));
@@ -587,7 +600,7 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
     }
     // What is wrong is refused, and the lane lives on.
     for (control_at, control_len, report_len) in
-        [(std::ptr::null(), 16, 28), (out.as_ptr(), 8, 28), (control_at(&control), 16, 27)]
+        [(std::ptr::null(), 16, 32), (out.as_ptr(), 8, 32), (control_at(&control), 16, 31)]
     {
         let armed = list(&[]);
         let refused = call(|err, n| unsafe {
