@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 
 /// How long a message may wait for a socket that takes nothing: the other end is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// After a micro-batch was sent.
+const NAP: Duration = Duration::from_millis(1);
 /// Bytes that may lie here unread: what the server holds beyond is the server's trouble.
 const MOST_WAITING: usize = 64 << 20;
 /// Longest payload before [`Lane::join`] says what the server allows.
@@ -214,6 +216,9 @@ impl Lane {
                     // In two: the server wakes the first stage before it wakes the orchestrator, who has time.
                     self.send(first)?;
                     self.send(rest)?;
+                    // What was sent may lie in a queue of the system's still, and JavaScript's turn would come before it on this
+                    // core: without this nap a hop takes 0.05 ms more in the median. The next message ends it.
+                    self.wait(libc::POLLIN, Some(NAP))?;
                     Ok(Event::Done { index, place, time })
                 }
                 Err(error) => Ok(Event::Failed { index, place, time, error }),
@@ -361,7 +366,7 @@ impl Lane {
         let (socket, wake) = (self.socket.as_raw_fd(), self.wakes.0.as_raw_fd());
         let mut fds =
             [(socket, events), (wake, libc::POLLIN)].map(|(fd, events)| libc::pollfd { fd, events, revents: 0 });
-        let millis = timeout.map_or(-1, |t| (t.as_millis() + 1).min(i32::MAX as u128) as i32);
+        let millis = timeout.map_or(-1, |t| t.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);
         // SAFETY: two structs, and their number.
         let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, millis) };
         if ready < 0 {
