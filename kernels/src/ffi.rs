@@ -14,10 +14,10 @@ use crate::matmul::{matmul, Activations};
 use crate::pack::{pack, SourceType};
 use crate::pool::Pool;
 use crate::shard::{Progress, Shard};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::AtomicI32;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 #[cfg(unix)]
 pub use lane::*;
@@ -28,33 +28,34 @@ pub const ABI_VERSION: i32 = 4;
 /// What is open, by handle.
 struct Registry<T> {
     kind: &'static str,
-    open: Mutex<(u32, Option<HashMap<u32, Arc<T>>>)>,
+    last: AtomicU32,
+    open: Mutex<BTreeMap<u32, Arc<T>>>,
 }
 
 impl<T> Registry<T> {
     const fn new(kind: &'static str) -> Self {
-        Registry { kind, open: Mutex::new((0, None)) }
+        Registry { kind, last: AtomicU32::new(0), open: Mutex::new(BTreeMap::new()) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<T>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self, value: T) -> Result<u32> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last, values) = &mut *open;
-        let handle = last.checked_add(1).ok_or_else(|| Error::new(Error::EXHAUSTED, "all handles are used up"))?;
-        *last = handle;
-        values.get_or_insert_default().insert(handle, Arc::new(value));
+        let last = self.last.fetch_update(Relaxed, Relaxed, |last| last.checked_add(1));
+        let handle = last.map_err(|_| Error::new(Error::EXHAUSTED, "all handles are used up"))? + 1;
+        self.lock().insert(handle, Arc::new(value));
         Ok(handle)
     }
 
     /// It stays alive until the last call on it ends, closed or not.
     fn get(&self, handle: u32) -> Result<Arc<T>> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.1.as_ref().and_then(|values| values.get(&handle).cloned()).ok_or_else(|| self.unknown(handle))
+        self.lock().get(&handle).cloned().ok_or_else(|| self.unknown(handle))
     }
 
     /// Takes it off the list; it ends with the last call on it.
     fn remove(&self, handle: u32) -> Result<Arc<T>> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.1.as_mut().and_then(|values| values.remove(&handle)).ok_or_else(|| self.unknown(handle))
+        self.lock().remove(&handle).ok_or_else(|| self.unknown(handle))
     }
 
     fn unknown(&self, handle: u32) -> Error {

@@ -217,7 +217,7 @@ fn tokens_that_are_sampled_go_straight_on() {
     }
     server.message(&wire(3, b"batch", b""));
     let event = lane
-        .step(&control(), &mut arm(&[plan.clone()]).unwrap(), |_, _, out| {
+        .step(&control(), &mut arm(std::slice::from_ref(&plan)).unwrap(), |_, _, out| {
             out.copy_from_slice(&output);
             Ok(output.len())
         })
@@ -239,7 +239,7 @@ fn tokens_that_are_sampled_go_straight_on() {
     ends[8..12].copy_from_slice(&[1, 2, 3, 4]);
     result[8..12].copy_from_slice(&[1, 2, 3, 4]);
     server.message(&ends);
-    let event = lane.step(&control(), &mut arm(&[plan.clone()]).unwrap(), |_, _, out| {
+    let event = lane.step(&control(), &mut arm(std::slice::from_ref(&plan)).unwrap(), |_, _, out| {
         out.copy_from_slice(&output);
         Ok(output.len())
     });
@@ -540,6 +540,7 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
     });
     assert_eq!((opened, &info[..2]), (Ok(2), &b"{}"[..]));
     let lane = u32::from_le_bytes(handle);
+    // SAFETY: as above.
     call(|err, n| unsafe { lutra_lane_join(lane, b"PING\r\n".as_ptr(), 6, 1 << 20, 1000, err, n) }).unwrap();
     let mut server = server.join().unwrap();
     let control = control();
@@ -547,6 +548,7 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
     let step = |armed: &[u8], report: &mut [u8]| -> Outcome {
         let at = control_at(&control);
         let (report, report_len) = (report.as_mut_ptr(), report.len());
+        // SAFETY: as above.
         call(|err, n| unsafe {
             lutra_lane_step(lane, shard, armed.as_ptr(), armed.len(), at, 16, report, report_len, err, n)
         })
@@ -589,13 +591,17 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
     assert_eq!(step(&list(&[]), &mut report), Ok(STEP_MESSAGE));
     assert_eq!(report[16..24], [5, 0, 0, 0, 1, 0, 0, 0]);
     let mut out = [0; 8];
+    // SAFETY: as above.
     assert_eq!(call(|err, n| unsafe { lutra_lane_take(lane, out.as_mut_ptr(), 4, err, n) }).unwrap_err().0, -1);
+    // SAFETY: as above.
     assert_eq!(call(|err, n| unsafe { lutra_lane_take(lane, out.as_mut_ptr(), 8, err, n) }), Ok(5));
     let (subject, data) = (b"a.b", b"data");
+    // SAFETY: as above.
     let sent = call(|err, n| unsafe { lutra_lane_publish(lane, subject.as_ptr(), 3, data.as_ptr(), 4, err, n) });
     assert_eq!(sent, Ok(0));
     assert_eq!(server.published(), ("a.b".into(), data.to_vec()));
     for f in [lutra_lane_flush, lutra_lane_read, lutra_lane_wake] {
+        // SAFETY: as above.
         assert_eq!(call(|err, n| unsafe { f(lane, err, n) }), Ok(0));
     }
     // What is wrong is refused, and the lane lives on.
@@ -603,14 +609,17 @@ fn a_chain_through_the_c_abi_gives_the_same_bits() {
         [(std::ptr::null(), 16, 32), (out.as_ptr(), 8, 32), (control_at(&control), 16, 31)]
     {
         let armed = list(&[]);
+        // SAFETY: as above.
         let refused = call(|err, n| unsafe {
             let (at, len) = (armed.as_ptr(), armed.len());
             lutra_lane_step(lane, shard, at, len, control_at, control_len, report.as_mut_ptr(), report_len, err, n)
         });
         assert_eq!(refused.unwrap_err().0, Error::INVALID_ARGUMENT);
     }
+    // SAFETY: as above.
     assert_eq!(call(|err, n| unsafe { lutra_lane_close(lane, err, n) }), Ok(0));
     for f in [lutra_lane_flush, lutra_lane_read, lutra_lane_wake, lutra_lane_close] {
+        // SAFETY: as above.
         assert_eq!(call(|err, n| unsafe { f(lane, err, n) }).unwrap_err().0, Error::BAD_HANDLE);
     }
     close(shard).unwrap();
